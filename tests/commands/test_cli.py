@@ -98,6 +98,7 @@ def test_a_mistake_ends_the_process_with_2() -> None:
 
 def test_unusable_data_is_named_before_training(demo: Path, tmp_path: Path) -> None:
     out = f"out={tmp_path / 'run'}"
+    (tmp_path / "photos").symlink_to(demo / "photos")
     missing = invoke("run", RECIPE, "stages=[mae]", f"data.root={tmp_path}", out)
     assert missing.exit_code == 2 and "eval.knn.train=gallery: there is no" in missing.stderr
     write_tar(tmp_path / "bad.tar", {f"{i}.jpg": jpeg() for i in range(20)})

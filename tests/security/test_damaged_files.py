@@ -23,7 +23,7 @@ from xray.artifacts.lineage import lineage
 from xray.config.loading import read_yaml
 from xray.errors import XrayError
 from xray.models.llm_folder import own_pooling
-from xray.recipes.report import report_again
+from xray.recipes.report import find_recipe, stored_results
 from xray.search.embedding_file import open_embeddings
 from xray.training.checkpoint import read_state
 from xray.training.metrics import read_metrics
@@ -74,10 +74,9 @@ READERS: dict[str, Reader] = dict(
         _from(read_metrics, "runs/broken/metrics.jsonl"),
         (f"{CLIP}/manifest.json", lambda root: (lineage(root / CLIP), open_artifact(root / CLIP))),
         (f"{CLIP}/llm/config.json", lambda root: own_pooling(root / CLIP / "llm")),
-        ("runs/full/report.json", lambda root: report_again(root / "runs/full")),
-        ("runs/full/results.json", lambda root: report_again(root / "runs/full")),
-        ("runs/full/clip/config.yaml", lambda root: report_again(root / "runs/full")),
-        ("runs/full/clip/metrics.jsonl", lambda root: report_again(root / "runs/full")),
+        ("runs/full/report.json", lambda root: find_recipe(root / "runs/full")),
+        _from(stored_results, "runs/full/results.json"),
+        ("runs/full/clip/config.yaml", lambda root: find_recipe(root / "runs/full")),
         _from(Vocabulary.load, "tags.json"),
         _from(read_yaml, "recipe.yaml"),
         _from(_embeddings, "embeddings/photos.npy"),

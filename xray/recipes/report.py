@@ -70,12 +70,12 @@ def write_run_report(
     recipe: Recipe, artifacts: Sequence[Artifact], results: ResultTable | None
 ) -> Path:
     """Write `report.html` into the recipe's folder and return its path."""
-    metrics = {run.stage: read_metrics(Path(run.out) / "metrics.jsonl") for run in recipe.runs}
     parts = [results.html()] if results is not None else []
     if named := EarlierFile(recipe.out / NAMED_SETS).sets():
         tables = mean_table({"": named}), whole_table(named)
         parts += [for_page(table).html() for table in tables if table.rows]
     parts += _keep_rates(recipe.out / KEEP_RATES)
+    metrics = {run.stage: read_metrics(Path(run.out) / "metrics.jsonl") for run in recipe.runs}
     parts += [curves(metrics), data_mix(recipe.runs, metrics).html()]
     by_stage = {artifact.stage: artifact for artifact in artifacts}
     done = [(by_stage[run.stage], run) for run in recipe.runs if run.stage in by_stage]
@@ -153,13 +153,18 @@ def report_again(folder: Path) -> Path:
     recipe = find_recipe(folder)
     there = [Path(run.out) / "artifact" for run in recipe.runs]
     artifacts = [open_artifact(path) for path in there if path.is_dir()]
-    results = folder / "results.json"
-    table = None
-    if results.is_file():
-        table = result_table(
-            read_record(results, dict[str, dict[str, float]], advice="; delete it")
-        )
-    return write_run_report(recipe, artifacts, table)
+    return write_run_report(recipe, artifacts, stored_results(folder / "results.json"))
+
+
+def stored_results(file: Path) -> ResultTable | None:
+    """Make the table of an earlier evaluation, None if there is none; raises ArtifactError."""
+    if not file.is_file():
+        return None
+    results = read_record(file, dict[str, dict[str, float]], advice="; delete it")
+    try:
+        return result_table(results)
+    except KeyError as error:
+        raise ArtifactError(f"{file} is damaged: it has no {error}; delete it") from error
 
 
 def _examples(recipe: Recipe, done: Sequence[tuple[Artifact, RunConfig]]) -> list[str]:

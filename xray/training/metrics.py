@@ -207,7 +207,8 @@ def lines_up_to(path: Path, step: int) -> list[str]:
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            reached = parse_record(line, dict[str, float])["step"]
+            row = parse_record(line, dict[str, float])
+            reached, _ = row["step"], row["samples"]
         except (ValueError, KeyError):
             damaged += number < len(lines)  # a kill leaves the last one incomplete
             continue
