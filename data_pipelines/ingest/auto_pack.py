@@ -10,12 +10,13 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from data_pipelines.ingest.endings import by_ending, ending_of
+from data_pipelines.ingest.listing import Item
 from data_pipelines.ingest.pack import (
     OF_SHARDS,
     RECORD,
@@ -248,12 +249,13 @@ def _packed(key: str, where: str, folder: str, write: bool, modality: Kind = "")
             return True
         if not write:
             return False
-        _check_divided(key, where)
         with making(Path(folder)):
             if not _is_current(key, where, folder):
+                items = list_files(where)
+                _check_divided(key, where, items)
                 log.info("%s: packing its files once, to %s", where, folder)
                 with progress_bar("packing") as progress:
-                    share = held_out_share(len(list_files(where)))
+                    share = held_out_share(len(items))
                     config = _settings(folder) or PackConfig(val=share, modality=modality)
                     report = pack(where, Path(folder), config, progress)
                 log.info("%s", _told(where, folder, report))
@@ -262,11 +264,11 @@ def _packed(key: str, where: str, folder: str, write: bool, modality: Kind = "")
         raise DataError(f"{key}: {error}") from error
 
 
-def _check_divided(key: str, where: str) -> None:
+def _check_divided(key: str, where: str, items: Sequence[Item]) -> None:
     """Raise ConfigError for files of which some are in a folder for evaluation, such as val/."""
     if not os.path.isdir(where):  # a list names the files to train on
         return
-    first = {item.name.rpartition("/")[0].split("/")[0] for item in list_files(where)}
+    first = {item.name.rpartition("/")[0].split("/")[0] for item in items}
     held = sorted(filter(is_held_out, first))
     if held and len(held) < len(first):
         raise ConfigError(

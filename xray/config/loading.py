@@ -227,24 +227,22 @@ def unknown_key(key: str, schema: type, where: Sequence[str], values: Layer) -> 
     where: names in the section of the key. values: the config that has the key.
     """
     above, dot, last = key.rpartition(".")
-    known = [*keys_of(schema)]
-    inside = [own for own in known if own.endswith(f".{last}")]
-    too_long = sorted((own for own in known if key.endswith(f".{own}")), key=len)
-    if above == values.get("stage"):  # in a recipe, the section of a stage has those of a run, too
+    known, in_stage = [*keys_of(schema)], above == values.get("stage")
+    if in_stage:  # in a recipe, the section of a stage has the sections of a run, too
         where = [*where, *(item.name for item in fields(cast(Any, schema)))]
-        inside = [f"{above}.{own}" for own in inside]
-    elif dot:
-        inside = []
-    similar = [closest(last, where)] if closest(last, where) else _with_part(last, where)
-    found = (
-        (not dot and inside)
-        or [f"{above}{dot}{name}" for name in similar]
-        or too_long[-1:]
-        or inside
+    deeper = [own for own in known if own.endswith(f".{last}")]
+    too_long = [own for own in known if key.endswith(f".{own}")]
+    near = closest(last, where)
+    candidates = (
+        [] if dot else deeper,
+        [f"{above}{dot}{name}" for name in ([near] if near else _with_part(last, where))],
+        sorted(too_long, key=len)[-1:],
+        [f"{above}.{own}" for own in deeper] if in_stage else [],
     )
+    meant = next(filter(None, candidates), [])
     hint = f"there are {', '.join(sorted(where))}"
-    if found and len(found) <= MOST_HINTS:
-        hint = f"did you mean {' or '.join(map(repr, found))}?"
+    if 0 < len(meant) <= MOST_HINTS:
+        hint = f"did you mean {' or '.join(map(repr, meant))}?"
     return ConfigError(f"unknown key {key!r}; {hint}")
 
 

@@ -108,7 +108,7 @@ def draft(
     if "clip" in uses:
         _add_text(result, uses, text_llm)
     result.comments["stages"] = _why_stages(uses, seen)
-    if "clip" in uses and scale is not ADAPT and _is_clip_best(seen, scale):
+    if _is_clip_best(seen, scale):
         result.comments["stages"] += (
             ".\nmae and hashtag are for samples without captions: in the same time, a longer clip "
             "was better"
@@ -141,7 +141,8 @@ def _uses(seen: Survey, scale: Scale) -> dict[str, list[Found]]:
 
 def _is_clip_best(seen: Survey, scale: Scale) -> bool:
     """Check if most samples have captions, at the scale at which clip alone was measured."""
-    return scale.gpus == 0 and all(found.captioned >= MOST for found in seen.training)
+    measured = scale is SCALES[-1]
+    return measured and all(found.captioned >= MOST for found in seen.training)
 
 
 def _origin(found: Found, seen: Survey) -> str:

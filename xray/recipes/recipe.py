@@ -103,13 +103,9 @@ def _unread_text(
 def _names_of_unset(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return a layer in which each key that is still `???` has its name in angle brackets."""
     whole = OmegaConf.create(cfg.merge(*layers))
-    named = OmegaConf.create({})
     with _resolving():
         missing = OmegaConf.missing_keys(whole)
-    for key in missing:
-        if not _refers(whole, key):
-            OmegaConf.update(named, key, f"<{key}>")
-    return OmegaConf.to_container(named)  # type: ignore[return-value]
+    return cfg.parse_overrides([f"{key}=<{key}>" for key in missing if not _refers(whole, key)])
 
 
 def _refers(whole: DictConfig, key: str) -> bool:
