@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.checks.check_index import Recorded, compare
-from data_pipelines.decode.decoders import FrameChoice, decode_image
+from data_pipelines.decode.decoders import FrameChoice
+from data_pipelines.decode.images import decode_image
 from data_pipelines.decode.sandbox import clip_decoder
 from data_pipelines.ingest.listing import Item
 from data_pipelines.ingest.plain_files import read_item

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.curation.config import FilterConfig
-from data_pipelines.decode.decoders import open_image, upright_size
+from data_pipelines.decode.images import open_image, upright_size
 from data_pipelines.shards.columns import Columns, pack_texts, unpack_texts
 from data_pipelines.shards.sidecar import Sidecar, open_sidecar
 from data_pipelines.shards.source import Source

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from data_pipelines.decode.decoders import open_image, orientation_of, upright_size
+from data_pipelines.decode.images import open_image, orientation_of, upright_size
 from data_pipelines.decode.preparation import Box
 from data_pipelines.decode.transforms import Augmentation
 from xray.errors import brief

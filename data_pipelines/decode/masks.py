@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.decode.decoders import decoding_image, open_image, upright_size
+from data_pipelines.decode.images import decoding_image, open_image, upright_size
 from data_pipelines.decode.preparation import shown_pixels
 from data_pipelines.decode.transforms import media_of
 from data_pipelines.shards.source import Sample

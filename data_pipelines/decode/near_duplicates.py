@@ -7,7 +7,8 @@ from itertools import combinations, pairwise
 import numpy as np
 from PIL import Image
 
-from data_pipelines.decode.decoders import FrameChoice, decode_image
+from data_pipelines.decode.decoders import FrameChoice
+from data_pipelines.decode.images import decode_image
 from data_pipelines.decode.sandbox import clip_decoder
 from xray.config import DataConfig
 

@@ -20,13 +20,8 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
-from data_pipelines.decode.decoders import (
-    FrameChoice,
-    decode_image,
-    open_image,
-    upright,
-    upright_size,
-)
+from data_pipelines.decode.decoders import FrameChoice
+from data_pipelines.decode.images import decode_image, open_image, upright, upright_size
 from data_pipelines.decode.preparation import (
     Box,
     center_crop,

@@ -17,16 +17,8 @@ import av
 import numpy as np
 from PIL import GifImagePlugin, Image, ImageOps, WebPImagePlugin
 
-from data_pipelines.decode.decoders import (
-    decoding_image,
-    film_of,
-    open_image,
-    pixel_aspect,
-    quarter_turns,
-    square_size,
-    upright,
-    upright_size,
-)
+from data_pipelines.decode.decoders import film_of, pixel_aspect, quarter_turns, square_size
+from data_pipelines.decode.images import decoding_image, open_image, upright, upright_size
 from xray.errors import BadSample
 
 Media = tuple[bytes, str, dict[str, Any]]  # bytes, file ending, facts such as width and height

@@ -14,7 +14,7 @@ from shards import jpeg, photo, write_tar
 from source_code import ROOT, files
 
 from data_pipelines.checks.check import check
-from data_pipelines.decode.decoders import decode_image
+from data_pipelines.decode.images import decode_image
 from data_pipelines.decode.transforms import read_media, read_picture
 from data_pipelines.ingest.recode import pack_picture
 from data_pipelines.ingest.user_data import open_corpus
@@ -24,7 +24,7 @@ from xray.errors import DataError
 from xray.search.page import _pixels_of
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n{} loop\n%%EOF\n"
-OPENS = "data_pipelines/decode/decoders.py"
+OPENS = "data_pipelines/decode/images.py"
 
 
 @pytest.fixture

@@ -36,7 +36,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms as tv
 
-from data_pipelines.decode.decoders import FrameChoice, decode_image
+from data_pipelines.decode.decoders import FrameChoice
+from data_pipelines.decode.images import decode_image
 from data_pipelines.decode.preparation import center_crop
 from data_pipelines.decode.sandbox import ClipDecoder
 from data_pipelines.decode.transforms import load_clip, load_pixels, media_of

@@ -10,7 +10,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from data_pipelines.decode.decoders import decode_image
+from data_pipelines.decode.images import decode_image
 from data_pipelines.decode.near_duplicates import dhash, near_values
 from data_pipelines.shards.source import open_source
 from tools.common.fresh_process import in_fresh_process

@@ -151,7 +151,7 @@ def process_groups() -> Iterator[Finding]:
 
 def pictures() -> Iterator[Finding]:
     """Decode a JPEG."""
-    from data_pipelines.decode.decoders import decode_image
+    from data_pipelines.decode.images import decode_image
     from data_pipelines.ingest.demo import example
 
     yield Finding("pictures", f"a JPEG of {len(example())} bytes: {decode_image(example()).size}")

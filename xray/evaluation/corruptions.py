@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from data_pipelines.decode.decoders import decode_image
+from data_pipelines.decode.images import decode_image
 
 if TYPE_CHECKING:  # the settings of a suite list CORRUPTIONS, and are read without torch
     from torch import Tensor

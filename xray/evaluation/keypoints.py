@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipelines.decode.decoders import open_image, upright_size
+from data_pipelines.decode.images import open_image, upright_size
 from data_pipelines.decode.preparation import view_geometry
 from data_pipelines.decode.transforms import load_pixels, media_of
 from data_pipelines.ingest.keypoints import KeypointPairs, open_pairs

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data_pipelines.decode.decoders import open_image, upright_size
+from data_pipelines.decode.images import open_image, upright_size
 from data_pipelines.decode.preparation import shown_box
 from data_pipelines.decode.transforms import load_pixels, media_of
 from data_pipelines.shards.source import Sample

@@ -17,7 +17,8 @@ from statistics import median
 
 import numpy as np
 
-from data_pipelines.decode.decoders import open_clip, open_image, read_clip, upright_size
+from data_pipelines.decode.decoders import open_clip, read_clip
+from data_pipelines.decode.images import open_image, upright_size
 from data_pipelines.ingest.endings import MEDIA, ending_of
 from data_pipelines.ingest.labelled import class_of
 from data_pipelines.ingest.plain_files import Request

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.checks.check_shard import Thumbnail, png_of
-from data_pipelines.decode.decoders import FrameChoice, decode_image
+from data_pipelines.decode.decoders import FrameChoice
+from data_pipelines.decode.images import decode_image
 from data_pipelines.decode.sandbox import clip_decoder
 from data_pipelines.decode.transforms import media_of
 from data_pipelines.ingest.endings import MEDIA, ending_of

@@ -24,7 +24,7 @@ from clips import HOSTILE, clip, film
 from PIL import Image
 from shards import jpeg, photo
 
-from data_pipelines.decode import decoders
+from data_pipelines.decode import decoders, images
 from data_pipelines.decode.animations import mean_rate
 from data_pipelines.decode.decoders import AvClip, DecordClip, FrameChoice
 from data_pipelines.decode.sandbox import ClipDecoder, Killed
@@ -36,16 +36,16 @@ def test_image_modes_become_rgb() -> None:
         buffer = io.BytesIO()
         form = "JPEG" if mode == "CMYK" else "PNG"
         Image.new(mode, (8, 6)).save(buffer, format=form)
-        image = decoders.decode_image(buffer.getvalue())
+        image = images.decode_image(buffer.getvalue())
         assert image.mode == "RGB" and image.size == (8, 6)
     with pytest.raises(BadSample, match="undecodable image"):
-        decoders.decode_image(jpeg()[:200])
+        images.decode_image(jpeg()[:200])
     for high in (1, 255, 65535):  # of a float TIFF
         buffer = io.BytesIO()
         Image.fromarray(np.linspace(0, high, 48, dtype=np.float32).reshape(6, 8)).save(
             buffer, "TIFF"
         )
-        assert decoders.decode_image(buffer.getvalue()).getextrema() == ((0, 255),) * 3
+        assert images.decode_image(buffer.getvalue()).getextrema() == ((0, 255),) * 3
 
 
 @pytest.mark.parametrize("side", [16, 32, 48, 64])
@@ -60,10 +60,10 @@ def test_a_single_frame_of_a_small_clip_has_no_padding(side: int) -> None:
 
 def test_a_jpeg_is_decoded_no_larger_than_needed() -> None:
     data = photo(0, (400, 304))
-    full = decoders.decode_image(data)
+    full = images.decode_image(data)
     cases = (((400, 304), (400, 304)), ((200, 152), (200, 152)), ((99, 70), (100, 76)))
     for at_least, size in cases:
-        small = decoders.decode_image(data, at_least)
+        small = images.decode_image(data, at_least)
         assert small.size == size
         difference = np.asarray(small, int) - np.asarray(full.resize(size, Image.Resampling.BOX))
         assert np.abs(difference).mean() < 2
@@ -73,7 +73,7 @@ def test_a_decompression_bomb_is_refused_before_decoding() -> None:
     buffer = io.BytesIO()
     Image.new("1", (9000, 9000)).save(buffer, format="PNG")
     with pytest.raises(BadSample, match="image too large: 9000 x 9000"):
-        decoders.decode_image(buffer.getvalue())
+        images.decode_image(buffer.getvalue())
 
 
 @pytest.mark.parametrize("large", [decoders.LARGE, 0])
@@ -143,7 +143,7 @@ def test_real_files_with_unusual_content(shared_data: Path) -> None:
         content = (shared_data / "awkward" / row["file"]).read_bytes()
         try:
             if row["file"].startswith("images/"):
-                image = decoders.decode_image(content)
+                image = images.decode_image(content)
                 assert image.mode == "RGB" and min(image.size) > 0
             else:
                 frames = decoder.decode(content, FrameChoice(4)).pixels

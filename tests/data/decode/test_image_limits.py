@@ -11,8 +11,8 @@ from PIL import features
 from shards import photo, progressive
 
 from data_pipelines.decode import image_limits
-from data_pipelines.decode.decoders import decode_image, open_image
 from data_pipelines.decode.image_limits import count_scans
+from data_pipelines.decode.images import decode_image, open_image
 from data_pipelines.ingest.recode import pack_picture
 from xray.errors import BadSample, Killed
 

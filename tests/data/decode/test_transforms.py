@@ -13,7 +13,7 @@ from PIL import Image
 from shards import photo
 
 from data_pipelines.decode import transforms
-from data_pipelines.decode.decoders import decode_image
+from data_pipelines.decode.images import decode_image
 from data_pipelines.decode.transforms import augment, choose_frames, load_image, load_pixels
 from data_pipelines.shards.source import Sample, open_source
 from data_pipelines.text.captions import captions_of, choose_captions, read_captions
