@@ -71,5 +71,5 @@ def test_few_captions_in_small(
     assert done.exit_code == 0, done.stderr
     monkeypatch.setattr(sys, "argv", ["scarce_figure", str(tmp_path / "out")])
     scarce_figure.main()
-    assert "| 900 | mae_hashtag_clip | 1 |" in capsys.readouterr().out
+    assert "| 900 | mae, hashtag, clip | 1 |" in capsys.readouterr().out
     assert (tmp_path / "out/figure.png").is_file()

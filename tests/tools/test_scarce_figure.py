@@ -31,5 +31,6 @@ def test_crossovers_of_the_mean_over_seeds() -> None:
         for seed, recall in enumerate(values)
     ]
     assert [*crossovers(points({"runs": runs}))] == [
-        f"{name}: clip overtakes hashtag_clip at about 1,000 captions" for name in METRICS.values()
+        f"{name}: clip overtakes 'hashtag, clip' at about 1,000 captions"
+        for name in METRICS.values()
     ]

@@ -27,6 +27,13 @@ METRICS = {
     "retrieval.image_to_text_R@10": "image to text",
 }
 BASELINE = "clip"
+NAMES = {
+    "clip": "clip",
+    "clip_texts": "clip, hashtags as texts",
+    "hashtag_clip": "hashtag, clip",
+    "mae_hashtag_clip": "mae, hashtag, clip",
+    "all_losses": "clip with all losses",
+}
 Points = dict[str, dict[int, dict[str, list[float]]]]  # arm -> captions -> metric -> by seed
 
 
@@ -48,6 +55,12 @@ def half_interval(values: list[float]) -> float:
     return mean_interval(values)[1] - mean(values) if len(values) > 1 else math.nan
 
 
+def with_interval(values: list[float]) -> str:
+    """Format a mean with its interval; one value has none."""
+    interval = f" ± {half_interval(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{interval}"
+
+
 def table(found: Points) -> str:
     """Format the points as a Markdown table."""
     columns = [f"{name} R@10 % | ratio" for name in METRICS.values()]
@@ -60,8 +73,9 @@ def table(found: Points) -> str:
             for metric, values in own[number].items():
                 base = found.get(BASELINE, {}).get(number, {}).get(metric)
                 ratio = f"{mean(values) / mean(base):.2f}" if base else ""
-                cells.append(f"{mean(values):.1f} ± {half_interval(values):.1f} | {ratio}")
-            lines.append(f"| {number:,} | {arm} | {len(values)} | {' | '.join(cells)} |")
+                cells.append(f"{with_interval(values)} | {ratio}")
+            name = NAMES.get(arm, arm)
+            lines.append(f"| {number:,} | {name} | {len(values)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -88,7 +102,8 @@ def crossovers(found: Points) -> Iterator[str]:
                 for points in (own, found.get(BASELINE, {}))
             ]
             if arm != BASELINE and (number := crossover(*curves)) is not None:
-                yield f"{name}: {BASELINE} overtakes {arm} at about {number:,.0f} captions"
+                other = NAMES.get(arm, arm)
+                yield f"{name}: clip overtakes {other!r} at about {number:,.0f} captions"
 
 
 def plot(found: Points, out: Path) -> None:
@@ -106,7 +121,7 @@ def plot(found: Points, out: Path) -> None:
                 continue
             values = [own[number][metric] for number in numbers]
             heights, bars = [*map(mean, values)], [*map(half_interval, values)]
-            name = arm.replace("_", " → ") if arm != "all_losses" else "one stage, all losses"
+            name = NAMES.get(arm, arm)
             axis.errorbar(numbers, heights, bars, fmt="o-", markersize=4, capsize=2, label=name)
         axis.set_xscale("log")
         every = sorted({number for own in found.values() for number in own})
