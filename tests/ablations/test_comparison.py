@@ -59,6 +59,7 @@ def test_chance_level_of_every_kind_of_metric() -> None:
         *("retrieval.text_to_image_R@5/64", "retrieval.text_to_image_R@5_low/64"),
         *("robustness.knn/fgsm/1", "robustness.knn/fgsm/1_low", "robustness.knn/chance"),
         *("robustness.knn/samples", "clip.loss"),
+        *("few_shot.logistic_top1@5", "few_shot.logistic_top1@5_low", "few_shot.chance_top1"),
     }
     levels = {name: chance_of(name, available) for name in available}
     assert {name: chance for name, chance in levels.items() if chance} == {
@@ -67,4 +68,5 @@ def test_chance_level_of_every_kind_of_metric() -> None:
         "retrieval.text_to_image_R@5": "retrieval.chance_text_to_image_R@5",
         "retrieval.text_to_image_R@5/64": "retrieval.chance_text_to_image_R@5",
         "robustness.knn/fgsm/1": "robustness.knn/chance",
+        "few_shot.logistic_top1@5": "few_shot.chance_top1",
     }

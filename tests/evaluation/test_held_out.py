@@ -239,3 +239,8 @@ def test_pictures_and_clips_of_one_folder_are_two_sources(control: Path, tmp_pat
     (older / "manifest.json").write_text(json.dumps(manifest))
     found, _ = trained_on(open_artifact(older))
     assert {own.modality for own in found} == {"image", "video"}
+
+
+def test_an_artifact_without_sources_is_told_what_to_set() -> None:
+    found, lines = with_held_out(config(), {}, TAGGED)
+    assert not sets(found) and len(lines) == 1 and "Set eval.SUITE.shards" in lines[0]

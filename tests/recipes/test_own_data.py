@@ -78,6 +78,15 @@ def test_a_run_is_evaluated_on_the_samples_that_its_sources_hold_out(
     again = invoke("eval", artifact, "eval.held_out=true", "--suite=retrieval", f"--out={tmp_path}")
     assert again.exit_code == 0, again.stderr
     assert json.loads((tmp_path / "results.json").read_text())["retrieval"] == results["retrieval"]
+    models = tmp_path / "run/hashtag/artifact", artifact
+    both = invoke("compare", *models, "eval.held_out=true", f"--out={tmp_path / 'both.json'}")
+    assert both.exit_code == 0, both.stderr
+    of_tags, of_clip = (
+        model["results"]
+        for model in json.loads((tmp_path / "both.json").read_text())["models"].values()
+    )
+    assert of_clip["retrieval"] == results["retrieval"] and "retrieval" not in of_tags
+    assert of_tags["tags"] == results["tags"]
 
 
 def test_img2dataset_and_video2dataset_shards_train_unchanged(

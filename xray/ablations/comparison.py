@@ -7,6 +7,7 @@ seed, because runs with the same seed see the same samples in the same order.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
@@ -98,12 +99,15 @@ def chance_of(metric: str, available: Container[str]) -> str:
     """Return the name of a metric's chance level among the available metrics, or "".
 
     The names are: chance_X for X, NAME/chance_X for a data set's NAME/X, chance_X for retrieval's
-    X/SIZE, and HEAD/chance for HEAD/CHANGE, the accuracies with intervals of the robustness suite.
+    X/SIZE and the few-shot METHOD_X@SHOTS, and HEAD/chance for HEAD/CHANGE, the accuracies with
+    intervals of the robustness suite.
     """
     section, _, name = metric.partition(".")
     part, slash, measure = name.rpartition("/")
     first = name.partition("/")[0]
     names = [f"{part}{slash}{CHANCE}{measure}", f"{CHANCE}{first}"]
+    few = re.fullmatch(r"[a-z]+_(\w+)@\d+", measure)
+    names += [f"{CHANCE}{few[1]}"] if few else []
     names += [f"{first}/chance"] if f"{metric}_low" in available else []
     return next((full for n in names if (full := f"{section}.{n}") in available), "")
 

@@ -13,7 +13,7 @@ import typer
 
 from xray import dist
 from xray.commands.common import EvalRecipe, check_model, checking, guarded, is_setting
-from xray.commands.evaluate import eval_settings
+from xray.commands.evaluate import eval_settings, filled_sets
 from xray.commands.help import examples
 from xray.commands.named_sets import check_named, suites_with_data
 from xray.errors import ConfigError
@@ -53,7 +53,8 @@ def compare(
     """Evaluate each MODEL on the same data, and print one table with 95 % intervals.
 
     Released weights are imported into the user's cache. A model that cannot run a suite has an
-    empty cell.
+    empty cell. eval.held_out=true adds the samples that the sources of the first trained MODEL
+    hold out.
     """
     from xray.evaluation.suites import suite_named
 
@@ -64,15 +65,12 @@ def compare(
         config, root, workers, llm = eval_settings(given, recipe)
         if len(named) < 2:
             raise ConfigError("xray compare needs at least two models; xray eval takes one")
-        if config.held_out:
-            raise ConfigError(
-                "eval.held_out=true gives each model data of its own: set eval.SUITE.shards"
-            )
         for name in names:
             suite_named(name)
         check_named(config, root)
         for model in named:
             check_model(model)
+    from xray.artifacts.manifest_config import training_blocks
     from xray.evaluation.comparison import notes_of, short_names
     from xray.evaluation.evaluator import Evaluator
     from xray.evaluation.set_page import write_page
@@ -89,6 +87,8 @@ def compare(
     lines: dict[str, list[str]] = {}
     opened = [open_model(model, llm) for model in named]  # all, before the first is evaluated
     offers = [artifact.offers for artifact in opened]
+    trained = next(filter(training_blocks, opened), opened[0])
+    config = filled_sets(config, trained, root)  # the same for all models
     for name, model, artifact in zip(short, named, opened, strict=True):
         evaluator = Evaluator.open(artifact, config, root, workers, device)
         facts = {"model": model, "artifact": artifact.digest, "results": {}}

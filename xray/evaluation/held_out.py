@@ -196,6 +196,11 @@ def _places(section: Any) -> set[str]:
 
 
 def _advice(found: list[HeldOut]) -> str:
+    if not found:
+        return (
+            "eval.held_out=true evaluates nothing: the artifact names no sources that it was "
+            "trained on. Set eval.SUITE.shards"
+        )
     first = found[0]
     folder = first.where if os.path.isdir(first.where) else os.path.dirname(first.where)
     out = f"{folder.rstrip('/')}_split"
