@@ -27,7 +27,7 @@ METRICS = {
     "retrieval.image_to_text_R@10": "image to text",
 }
 BASELINE = "clip"
-NAMES = {
+NAMES = {  # of the arms, in tables and the plot
     "clip": "clip",
     "clip_texts": "clip, hashtags as texts",
     "hashtag_clip": "hashtag, clip",
@@ -44,7 +44,8 @@ def points(facts: dict[str, Any]) -> Points:
         named = re.fullmatch(r"(\w+)_(\d+)", run["arm"])
         if named is None:
             continue
-        own = found.setdefault(named[1], {}).setdefault(int(named[2]), {m: [] for m in METRICS})
+        arm = NAMES.get(named[1], named[1])
+        own = found.setdefault(arm, {}).setdefault(int(named[2]), {m: [] for m in METRICS})
         for metric, values in own.items():
             values.append(100 * run[metric])
     return found
@@ -74,8 +75,7 @@ def table(found: Points) -> str:
                 base = found.get(BASELINE, {}).get(number, {}).get(metric)
                 ratio = f"{mean(values) / mean(base):.2f}" if base else ""
                 cells.append(f"{with_interval(values)} | {ratio}")
-            name = NAMES.get(arm, arm)
-            lines.append(f"| {number:,} | {name} | {len(values)} | {' | '.join(cells)} |")
+            lines.append(f"| {number:,} | {arm} | {len(values)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -102,8 +102,7 @@ def crossovers(found: Points) -> Iterator[str]:
                 for points in (own, found.get(BASELINE, {}))
             ]
             if arm != BASELINE and (number := crossover(*curves)) is not None:
-                other = NAMES.get(arm, arm)
-                yield f"{name}: clip overtakes {other!r} at about {number:,.0f} captions"
+                yield f"{name}: {BASELINE} overtakes {arm!r} at about {number:,.0f} captions"
 
 
 def plot(found: Points, out: Path) -> None:
@@ -121,8 +120,7 @@ def plot(found: Points, out: Path) -> None:
                 continue
             values = [own[number][metric] for number in numbers]
             heights, bars = [*map(mean, values)], [*map(half_interval, values)]
-            name = NAMES.get(arm, arm)
-            axis.errorbar(numbers, heights, bars, fmt="o-", markersize=4, capsize=2, label=name)
+            axis.errorbar(numbers, heights, bars, fmt="o-", markersize=4, capsize=2, label=arm)
         axis.set_xscale("log")
         every = sorted({number for own in found.values() for number in own})
         axis.set_xticks(every, [f"{number:,}" for number in every])

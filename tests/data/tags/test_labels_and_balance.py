@@ -104,10 +104,9 @@ def test_slots_are_reproducible_and_depend_on_the_seed(tmp_path: Path) -> None:
     source, rules = with_tags(tmp_path / "s", rows, each=20), TagRules(min_count=1)
     vocabulary, _ = build_vocabulary(count_tags(source, "hashtags", rules), rules, "s")
     labels = label(Labeller(source, "hashtags", rules, vocabulary))
-    settings = (len(vocabulary), "sqrt", 1.5)
     digests = {}
     for seed in (0, 1, 0):
-        digest = balanced(source, labels, *settings, seed).source.digest  # type: ignore[arg-type]
+        digest = balanced(source, labels, len(vocabulary), "sqrt", 1.5, seed).source.digest
         assert digests.setdefault(seed, digest) == digest
     assert len({*digests.values(), source.digest}) == 3
     again = label(Labeller(source, "hashtags", rules, vocabulary), workers=2)
