@@ -12,16 +12,21 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).resolve().parent
-LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)\s]+)\)")
+LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]+)\]\((?!https?:|#)(?P<path>[^)\s]+)\)")
 
 
 def page(readme: str, source: str) -> str:
     """Return the README without its diagrams, and with links to the files of the repository.
 
-    source: URL of the repository; if it is empty, links to files become plain text.
+    source: URL of the repository; if it is empty, links and images become plain text.
     """
+
+    def absolute(link: re.Match[str]) -> str:
+        kind = "raw" if link["image"] else "blob"
+        return f"{link['image']}[{link['text']}]({source}/{kind}/main/{link['path']})"
+
     readme = re.sub(r"^```mermaid\n.*?^```\n+", "", readme, flags=re.DOTALL | re.MULTILINE)
-    return LINK.sub(rf"[\1]({source}/blob/main/\2)" if source else r"\1", readme)
+    return LINK.sub(absolute if source else r"\g<text>", readme)
 
 
 def source_url(config: str) -> str:

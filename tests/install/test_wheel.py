@@ -127,9 +127,11 @@ def test_links_lead_to_the_repository_once_it_is_named() -> None:
     )
     source = source_url(config)  # type: ignore[operator]
     assert source == "https://d.e/xray"
-    text = "[a](docs/a.md#b) [c](https://f.g) [d](#e)\n```mermaid\nx\n```\n\nend"
-    expected = "[a](https://d.e/xray/blob/main/docs/a.md#b) [c](https://f.g) [d](#e)\nend"
+    text = "[a](docs/a.md#b) [c](https://f.g) [d](#e)\n```mermaid\nx\n```\n\n![e](docs/f.png)"
+    blob, raw = f"{source}/blob/main/docs", f"{source}/raw/main/docs"
+    expected = f"[a]({blob}/a.md#b) [c](https://f.g) [d](#e)\n![e]({raw}/f.png)"
     assert page(text, source) == expected  # type: ignore[operator]
+    assert page(text, "") == "a [c](https://f.g) [d](#e)\ne"  # type: ignore[operator]
 
 
 def test_an_installed_wheel_runs_from_any_folder(wheel: Path, tmp_path: Path) -> None:
