@@ -116,6 +116,16 @@ def test_a_line_counts_the_samples_without_captions(tmp_path: Path) -> None:
     assert "leave out" not in lines[0]
 
 
+def test_samples_whose_suites_are_set_already_are_said_to_evaluate_nothing(tmp_path: Path) -> None:
+    first, second = (source(tmp_path / name, {50: {}, 51: {}}) for name in "ab")
+    sources = {name: SourceConfig(shards=path) for name, path in (("a", first), ("b", second))}
+    _, lines = with_held_out(config(), sources, TAGGED)
+    assert "nothing" not in lines[0]
+    assert re.fullmatch(
+        r".* of b evaluate nothing: the data of .*retrieval.* are set already", lines[1]
+    )
+
+
 def test_broken_held_out_shards_do_not_stop_a_run(tmp_path: Path) -> None:
     shards = source(tmp_path, {50: {}, 51: {}})
     write_tar(tmp_path / "val" / "1.tar", {"a.txt": b"no picture"})

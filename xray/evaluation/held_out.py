@@ -141,7 +141,7 @@ def with_held_out(
     if not config.held_out:
         return config, []
     found = [HeldOut(name, own) for name, own in sources.items()]
-    there = [held for held in found if held.folder]
+    there, fitting = [held for held in found if held.folder], dict[str, list[str]]()
     if not there:
         return config, [] if config.configured() or config.sets else [_advice(found)]
     filled: dict[str, Any] = {}
@@ -153,12 +153,15 @@ def with_held_out(
             there.remove(held)
             lines.append(f"the samples held out of {held.name} are not used: {error}")
             continue
+        fitting[held.name] = [suite for suite, _ in sections]
         for suite, settings in sections:
             section = getattr(config, suite)
             if suite not in filled and not section.sets():
                 filled[suite] = _with(section, settings)
+    own = {h.name: h for h in there if h.name in tagged.names and h.has_tags(tagged.field)}
+    for name in own:
+        fitting[name].append("tags")
     if not config.of(TAGS):
-        own = {h.name: h for h in there if h.name in tagged.names and h.has_tags(tagged.field)}
         filled["tags"] = {
             name: TaggingConfig(
                 shards=held.folder,
@@ -169,7 +172,7 @@ def with_held_out(
             )
             for name, held in own.items()
         }
-    return replace(config, **filled), [*lines, *_lines(there, filled)]  # type: ignore[type-var]
+    return replace(config, **filled), [*lines, *_lines(there, fitting, filled)]  # type: ignore[type-var]
 
 
 def _with(section: SuiteConfig, settings: Mapping[str, Any]) -> SuiteConfig:
@@ -179,10 +182,17 @@ def _with(section: SuiteConfig, settings: Mapping[str, Any]) -> SuiteConfig:
     return replace(section, **settings)
 
 
-def _lines(there: list[HeldOut], filled: Mapping[str, Any]) -> Iterator[str]:
+def _lines(
+    there: list[HeldOut], fitting: Mapping[str, list[str]], filled: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield a line on each source; fitting: suites that its samples fit, by its name."""
     for held in there:
         suites = [suite for suite, section in filled.items() if held.folder in _places(section)]
-        what = ", ".join(suites) or "nothing: they have neither captions, tags nor classes for it"
+        what = ", ".join(suites)
+        if not what and fitting[held.name]:
+            what = f"nothing: the data of {', '.join(fitting[held.name])} are set already"
+        elif not what:
+            what = "nothing: they have neither captions, tags nor classes for it"
         line = f"{count(len(held.source), 'sample')} held out of {held.name} evaluate {what}"
         without = sum(not own for own in held.captions)
         if 0 < without < len(held.source):
