@@ -41,7 +41,7 @@ from data_pipelines.shards.tar_index import (
     media_extensions,
 )
 from data_pipelines.tags.reader import TagReader
-from data_pipelines.text.captions import Caption, read_captions
+from data_pipelines.text.captions import NO_CAPTION, Caption, read_captions
 from data_pipelines.text.names import original_name
 from xray.config import DataConfig
 from xray.errors import BadSample, DataError
@@ -273,7 +273,7 @@ class _ShardReader:
             tags = TAGS.tags_of(files, "hashtags")
             captions = read_captions(files)
         except BadSample as error:
-            if error.cause != "no caption":
+            if error.cause != NO_CAPTION:
                 self.note(key, error, files)
                 return []
             captions = []

@@ -43,6 +43,7 @@ KINDS = {
     "left": Kind("left", "samples left by filters", "data curate"),
     "kept": Kind("kept", "keep-lists", "data curate", costly=True),
     "uids": Kind("uids", "samples of a list of uids", USE),
+    "captioned": Kind("captioned", "samples with captions", USE),
     "teacher": Kind("teacher", "tags given by a model", "data pseudo-tags", costly=True),
     "embeddings": Kind("embeddings", "embeddings by a model", "data embeddings", costly=True),
     "scores": Kind("scores", "scores by a model", "data scores", costly=True),

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.curation.balance import Matches, draw, hash_texts, take_rows
+from data_pipelines.curation.captioned import CAPTIONED, keep_captioned
 from data_pipelines.curation.config import CurationConfig
 from data_pipelines.curation.filters import (
     NO_MATCH,
@@ -282,21 +283,24 @@ class KeptSlots(CopySlots):
 
 
 def keep_listed(source: Source, config: SourceConfig, root: str = "", workers: int = 1) -> Source:
-    """Restrict a source to the samples of its keep-list; without one, return it unchanged.
+    """Restrict a source to the samples that its `keep` names; without one, return it unchanged.
 
     root: folder that the path of a list of uids is relative to. workers: processes that look for
-    uids. Raises ConfigError if its shards have no keep-list of that name, if the keep-list was made
-    from other captions, or for a list of uids that cannot be used.
+    uids or captions. Raises ConfigError if its shards have no keep-list of that name, if the
+    keep-list was made from other captions, for a list of uids that cannot be used, and for
+    `captioned` if no sample has a caption.
     """
     if not config.keep:
         return source
+    if config.keep == CAPTIONED:
+        return keep_captioned(source, config.captions, workers)
     if is_uid_list(config.keep):
         return keep_uids(source, config.keep, root, workers)
     sidecar, key = open_sidecar(source, config.keep), f"data.sources.{source.name}"
     if sidecar is None or "captions" not in sidecar.facts:
         raise ConfigError(
             f"{key}.keep={config.keep}: its shards have no such keep-list; make it with xray data "
-            "curate"
+            f"curate, or use keep={CAPTIONED} for the samples that have captions"
         )
     if sidecar.facts["captions"] != config.captions:
         raise ConfigError(
@@ -307,7 +311,7 @@ def keep_listed(source: Source, config: SourceConfig, root: str = "", workers: i
 
 
 def kept_sources(sources: Mapping[str, Source], data: DataConfig) -> dict[str, Source]:
-    """Restrict the sources of a run to the samples of their keep-lists, as `keep_listed`."""
+    """Restrict the sources of a run to the samples that their `keep` names, as `keep_listed`."""
     return {
         name: keep_listed(source, data.sources[name], data.root, data.workers)
         for name, source in sources.items()

@@ -37,6 +37,7 @@ from data_pipelines.stream.workers import (
     received,
     reporting_dead_workers,
 )
+from data_pipelines.text.captions import NO_CAPTION, leave_out_uncaptioned
 from data_pipelines.text.names import name_at
 from xray import dist
 from xray.config import DataConfig
@@ -123,9 +124,12 @@ class StreamDataset(Dataset):
                 if isinstance(error, Killed):
                     plan.quarantine.setdefault(shard, set()).add(member)
         last = bad[-1]
+        mend = "run xray data check on it"
+        if last.cause == NO_CAPTION:
+            mend = leave_out_uncaptioned(ref.source)
         raise DataError(
             f"source {ref.source!r}: {ATTEMPTS} samples in a row cannot be used, "
-            f"the last is {last.key!r} of {last.shard} ({last.cause}): run xray data check on it"
+            f"the last is {last.key!r} of {last.shard} ({last.cause}): {mend}"
         )
 
 

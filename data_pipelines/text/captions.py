@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,13 @@ from xray.files import decode_text
 MOST_WEIGHT = 1e6
 LANGUAGE_FIELDS = ("language", "lang")  # of a sample's captions: one, or a list beside theirs
 FIELDS = ("curation.captions", "captions", "caption")  # default: the first that is not empty
+NO_CAPTION = "no caption"  # cause of a BadSample
+JOINED = re.compile(r"joined\((.+)\)")  # a list of words in this field, as one caption
+
+
+def leave_out_uncaptioned(source: str = "NAME") -> str:
+    """Tell how a stage leaves out the samples without captions of a source."""
+    return f"data.sources.{source}.keep=captioned leaves out the samples without captions"
 
 
 @dataclass(frozen=True)
@@ -52,10 +60,11 @@ def read_captions(
     """Read all captions of a sample.
 
     fields: JSON field -> weight, for example {captions: 1, synthetic: 3}. Dots reach into nested
-    objects, and "txt" means the txt file. The texts of a field share its weight. Without `fields`,
-    the first field of FIELDS that is not empty is used, else the txt file. A caption in the JSON is
-    a string or {text, weight, language}; captions may also be given by language, as {en: [...],
-    de: [...]}. Raises BadSample for broken captions, or if there are none.
+    objects, "txt" means the txt file, and "joined(hashtags)" the tags of a list as one caption. The
+    texts of a field share its weight. Without `fields`, the first field of FIELDS that is not empty
+    is used, else the txt file. A caption in the JSON is a string or {text, weight, language};
+    captions may also be given by language, as {en: [...], de: [...]}. Raises BadSample for broken
+    captions, or if there are none.
     """
     meta = metadata_of(files)
     language = language_of(meta)
@@ -65,12 +74,12 @@ def read_captions(
         fields = {first: 1.0}
     result = []
     for name, weight in fields.items():
-        value = _txt_of(files) if name == "txt" else _field(meta, name)
+        value = _txt_of(files) if name == "txt" else _value(meta, name)
         captions = _captions_in(value, language)
         total = sum(caption.weight for caption in captions)
         result += [Caption(c.text, weight * c.weight / total, c.language) for c in captions]
     if not result:
-        raise BadSample("no caption")
+        raise BadSample(NO_CAPTION)
     return [replace(caption, number=number) for number, caption in enumerate(result)]
 
 
@@ -84,6 +93,19 @@ def _txt_of(files: dict[str, bytes]) -> str:
 def texts_of(files: dict[str, bytes], name: str) -> list[str]:
     """Read the texts of one JSON field; [] if it does not exist. Raises BadSample."""
     return [caption.text for caption in _captions_in(_field(metadata_of(files), name), "")]
+
+
+def _value(meta: Mapping[str, Any], name: str) -> Any:
+    """Return a field, or the tags of its list without their '#', joined to one caption."""
+    joined = JOINED.fullmatch(name)
+    if joined is None:
+        return _field(meta, name)
+    value = _field(meta, joined[1]) or []
+    entries = value if isinstance(value, list) else [value]
+    if not all(isinstance(entry, str | int) for entry in entries):
+        raise BadSample("broken caption", f"{joined[1]} is neither a text nor a list of texts")
+    words = (word.lstrip("#\uff03") for entry in entries for word in str(entry).split())
+    return " ".join(word for word in words if word)
 
 
 def _field(meta: Mapping[str, Any], name: str) -> Any:

@@ -14,11 +14,12 @@ from surveys import CAPTIONED, LAPTOP, found
 from xray.artifacts.artifact import find_manifest
 from xray.config.model import LlmConfig
 from xray.errors import ArtifactError, ConfigError, DataError
-from xray.recipes.first_recipe import LENGTHS, Draft, blocks, draft, scales_for
+from xray.recipes.first_recipe import LENGTHS, Draft, draft, scales_for
 from xray.recipes.init import _divided, _next
 from xray.recipes.machine import Machine
 from xray.recipes.recipe import load_recipe, stage_from_recipe
 from xray.recipes.run import make_llm
+from xray.recipes.step_blocks import blocks
 from xray.recipes.survey import Found, Survey
 
 ONE_GPU = Machine(16, 1, "h100", 3e14)
@@ -84,6 +85,36 @@ def test_each_stage_reads_only_the_sources_that_it_can_learn_from() -> None:
     assert settings["data"]["sources"]["clips"]["tags"] == "hashtags"
 
 
+@pytest.mark.parametrize(
+    ("sources", "readers"),
+    [
+        ([found(captioned=0.1, captions=1.0, tagged=0.8)], ["images_tags"]),
+        ([found(captioned=1.0, captions=1.0), found("t", samples=90_000, tagged=1.0)], ["t_tags"]),
+        ([found(captioned=0.3, captions=1.0, tagged=1.0)], []),  # many captions
+        ([found(captioned=0.1, captions=1.0)], []),  # no hashtags
+        ([found(tagged=1.0)], []),  # no captions: no clip stage
+    ],
+)  # fmt: skip
+def test_with_few_captions_clip_reads_hashtags_as_texts(
+    sources: list[Found], readers: list[str]
+) -> None:
+    seen = Survey("data", sources, [])
+    made = draft(scales_for(seen, LAPTOP, "")[0], seen, LAPTOP)
+    declared, clip = made.settings["data"]["sources"], made.settings.get("clip", {})
+    named = {own.name: own for own in sources}
+    assert [name for name in declared if name not in named] == readers
+    for name in readers:
+        own = named[name.removesuffix("_tags")]
+        assert declared[name] == {
+            "shards": own.shards, "modality": "image",
+            "captions": {"joined(hashtags)": 1}, "keep": "captioned",
+        }  # fmt: skip
+        (captions, tags) = clip["data"]["blocks"]
+        assert 32 <= captions["samples"] <= tags["samples"] <= 36 and tags["source"] == name
+        assert made.sizes[name] == own.tagged * own.samples
+    assert all(block["source"] in named for block in made.settings["data"]["blocks"])
+
+
 def test_a_language_model_is_made_taken_or_asked_for() -> None:
     few, many = found(**CAPTIONED), found(samples=200_000, **CAPTIONED)
     for own, machine, given, llm, prepared in (
@@ -133,8 +164,12 @@ def test_stages_that_read_captions_leave_out_samples_without(tmp_path: Path) -> 
     made = draft(
         scales_for(Survey("/d", [own], []), LAPTOP, "")[-1], Survey("/d", [own], []), LAPTOP
     )
-    shares = {stage: made.settings[stage].get("data", {}) for stage in ("hashtag", "text", "clip")}
-    assert [own.get("max_bad_fraction") for own in shares.values()] == [None, 0.65, 0.65]
+    kept = {
+        stage: made.settings.get(stage, {}).get("data", {}).get("sources") for stage in made.stages
+    }
+    only = {own.name: {"keep": "captioned"}}
+    assert kept == {"mae": None, "hashtag": None, "text": only, "clip": only}
+    assert made.kept["clip"] == {own.name: 0.4 * own.samples}
 
 
 def test_a_language_model_is_built_from_the_captions_there_are(

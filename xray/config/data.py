@@ -26,10 +26,11 @@ class SourceConfig:
     # origin of the tags: the json field hashtag.field, #tags in captions, words of captions, or
     # names of the vocabulary found in captions
     tags: Literal["hashtags", "caption_hashtags", "caption_words", "concepts"] = "hashtags"
-    # a keep-list of `xray data curate`, or a .npy list of DataComp's uids, under data.root or the
-    # working folder; "" = all samples
+    # captioned = only samples with captions; a keep-list of `xray data curate`; or a .npy list of
+    # DataComp's uids, under data.root or the working folder; "" = all samples
     keep: str = ""
     # json fields and their weights, e.g. {captions: 1, synthetic: 3}; "txt" is the .txt file;
+    # joined(hashtags) is a list of tags as one caption;
     # {} = the first that exists of curation.captions (of a curation), captions, caption and txt
     captions: dict[str, float] = field(default_factory=dict)
 

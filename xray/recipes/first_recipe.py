@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from data_pipelines.curation.captioned import CAPTIONED
 from xray.evaluation.suites.knn import KnnConfig
 from xray.recipes.machine import Machine
-from xray.recipes.survey import MOST_READ, Found, Survey
-
-Settings = dict[str, Any]
+from xray.recipes.step_blocks import Settings, blocks
+from xray.recipes.survey import MOST_READ, Found, Survey, described
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ LENGTHS = {
 LENGTHS_ADAPTED = {"text": Length(1, 1, 10), "hashtag": Length(2, 1, 5), "clip": Length(6, 2, 20)}
 # Stages that are left out if the time is not enough for the least epochs of all, in this order.
 DISPENSABLE = ("mae", "hashtag")
-FEWEST = 8  # samples of a source in a step
 SOME = 0.05  # share of the samples of a source that must have captions or tags, to use them
 MOST = 0.5  # share of the samples with captions from which on clip alone is best (docs/proof.md)
+FEW = 0.2  # share of all samples with captions up to which hashtags as texts help (docs/proof.md)
 
 
 @dataclass
@@ -69,6 +69,8 @@ class Draft:
     scale: Scale
     settings: Settings
     comments: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)  # samples of data.sources
+    kept: dict[str, dict[str, int]] = field(default_factory=dict)  # those that a stage keeps
 
     @property
     def stages(self) -> list[str]:
@@ -103,6 +105,8 @@ def draft(
         "which is far better with few photos"
     )  # fmt: skip
     _add_data(result, seen, machine, uses)
+    if tagged := _tag_texts(seen, uses, scale):
+        _add_tag_texts(result, uses["clip"], tagged, machine)
     if pretrained:
         _add_pretrained(result, pretrained)
     if "clip" in uses:
@@ -143,6 +147,15 @@ def _is_clip_best(seen: Survey, scale: Scale) -> bool:
     """Check if most samples have captions, at the scale at which clip alone was measured."""
     measured = scale is SCALES[-1]
     return measured and all(found.captioned >= MOST for found in seen.training)
+
+
+def _tag_texts(seen: Survey, uses: dict[str, list[Found]], scale: Scale) -> list[Found]:
+    """Return the sources whose hashtags the clip stage also reads as texts."""
+    total = sum(found.samples for found in seen.training)
+    captioned = sum(found.samples * found.captioned for found in seen.training)
+    if "clip" not in uses or scale is ADAPT or captioned >= FEW * total:
+        return []
+    return [own for own in seen.training if own.tagged >= SOME and own.captioned < MOST]
 
 
 def _origin(found: Found, seen: Survey) -> str:
@@ -189,6 +202,7 @@ def _add_data(made: Draft, seen: Survey, machine: Machine, uses: dict[str, list[
         if origin := _origin(found, seen):
             own["tags"] = origin
         data["sources"][found.name] = own
+        made.sizes[found.name] = found.samples
         made.comments[f"data.sources.{found.name}"] = described(found)
     data["blocks"] = blocks(seen.training, scale.batch, machine.devices)
     made.comments["data.blocks"] = (
@@ -199,49 +213,46 @@ def _add_data(made: Draft, seen: Survey, machine: Machine, uses: dict[str, list[
             own_blocks = blocks(sources, scale.batch, machine.devices)
             made.settings[stage] = {"data": {"blocks": own_blocks}}
     for stage in ("text", "clip"):
-        worst = min((found.captioned for found in uses.get(stage, ())), default=1.0)
-        if worst < 0.99:
-            section = made.settings.setdefault(stage, {}).setdefault("data", {})
-            section["max_bad_fraction"] = round(min(0.99, 1.05 - worst), 2)
-            made.comments[f"{stage}.data"] = "samples without captions are left out of this stage"
+        _leave_out_uncaptioned(made, stage, uses.get(stage, ()))
 
 
-def described(found: Found) -> str:
-    """Describe a source in a line."""
-    words = "pictures" if found.modality == "image" else "clips"
-    parts = [f"{found.samples:,} {words}"]
-    if found.side:
-        parts.append(f"{found.side} px on the shorter side")
-    if found.captioned:
-        parts.append(f"{found.captions:.1f} captions each ({found.captioned:.0%} have some)")
-    if found.tagged:
-        parts.append(f"{found.tagged:.0%} have hashtags")
-    if found.labelled:
-        parts.append(f"{found.labelled:.0%} have a class")
-    return ", ".join(parts)
+def _leave_out_uncaptioned(made: Draft, stage: str, sources: Sequence[Found]) -> None:
+    """Restrict the sources of a stage to the samples with captions."""
+    some = [found for found in sources if found.captioned < 0.99]
+    if some:
+        section = made.settings.setdefault(stage, {}).setdefault("data", {})
+        section["sources"] = {found.name: {"keep": CAPTIONED} for found in some}
+        made.comments[f"{stage}.data"] = "samples without captions are left out of this stage"
+        made.kept[stage] = {found.name: _part(found, found.captioned).samples for found in some}
 
 
-def blocks(sources: Sequence[Found], most: int, devices: int) -> list[Settings]:
-    """Divide a step over sources: pictures by their numbers, and about 1 clip for 8 pictures.
+def _add_tag_texts(
+    made: Draft, captioned: list[Found], tagged: list[Found], machine: Machine
+) -> None:
+    """Give half of a step of the clip stage to captions, and half to hashtags as texts."""
+    sources, readers = made.settings["data"]["sources"], list[Found]()
+    for found in tagged:
+        name = f"{found.name}_tags"
+        while name in sources:
+            name += "_"
+        own = {"shards": found.shards, "modality": found.modality}
+        sources[name] = own | {"captions": {"joined(hashtags)": 1}, "keep": CAPTIONED}
+        made.comments[f"data.sources.{name}"] = (
+            "hashtags as texts, because few samples have captions"
+        )
+        readers.append(_part(replace(found, name=name), found.tagged))
+        made.sizes[name] = readers[-1].samples
+    with_captions = [_part(own, own.captioned) for own in captioned]
+    step = [
+        block
+        for half in (with_captions, readers)
+        for block in blocks(half, made.scale.batch // 2, machine.devices)
+    ]
+    made.settings.setdefault("clip", {}).setdefault("data", {})["blocks"] = step
 
-    A clip costs as much as several pictures. A step has at most a tenth of the samples, but
-    enough that each is contrasted with some others.
-    """
-    images = sum(found.samples for found in sources if found.modality == "image")
-    clips = sum(found.samples for found in sources) - images
-    most_images = most * 8 // 9 if clips else most
-    most_clips = most // 9 if images else most // 2
-    step = {
-        "image": min(most_images, max(4 * FEWEST, images // 10)),
-        "video": min(most_clips, max(2 * FEWEST, clips // 10)),
-    }
-    totals = {"image": images, "video": clips}
-    made = []
-    for found in sources:
-        share = int(step[found.modality] * found.samples / totals[found.modality])
-        own = min(max(FEWEST, share), max(devices, found.samples))
-        made.append({"source": found.name, "samples": max(1, own // devices) * devices})
-    return made
+
+def _part(found: Found, share: float) -> Found:
+    return replace(found, samples=max(1, round(share * found.samples)))
 
 
 # models -----------------------------------------------------------------------------------------

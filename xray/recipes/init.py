@@ -24,13 +24,12 @@ from xray.recipes.first_recipe import (
     LENGTHS_ADAPTED,
     Draft,
     Length,
-    described,
     draft,
     scales_for,
 )
 from xray.recipes.machine import GPU_SHARE, Machine, find_machine
 from xray.recipes.recipe import load_recipe, recipe_layers, resolve_recipe
-from xray.recipes.survey import Survey, survey
+from xray.recipes.survey import Survey, described, survey
 
 HOURS_CPU, HOURS_GPU = 1 / 6, 8.0  # to train, if --hours is not given
 WIDTH = 98
@@ -106,7 +105,7 @@ def _choose(
             )
         if not made.stages:
             break
-        plan, runs = _plan(made, seen, machine, name)
+        plan, runs = _plan(made, machine, name)
         times = _lengths(made, plan, runs, budget, machine.speed)
         chosen = made, plan, runs, times
         if sum(timed.seconds or 0.0 for timed in times.values()) <= 1.05 * budget:
@@ -114,7 +113,7 @@ def _choose(
     return chosen
 
 
-def _plan(made: Draft, seen: Survey, machine: Machine, name: str) -> tuple[Plan, Runs]:
+def _plan(made: Draft, machine: Machine, name: str) -> tuple[Plan, Runs]:
     """Return the plan of a draft, and the config of each stage with the length of one epoch."""
     layer: dict[str, Any] = copy.deepcopy(made.settings)
     base = layer.pop("base")
@@ -124,8 +123,8 @@ def _plan(made: Draft, seen: Survey, machine: Machine, name: str) -> tuple[Plan,
     recipe = resolve_recipe([*recipe_layers(base, None), layer])
     gpu, llm = machine.gpu or "none", recipe.prepare.llm
     plan = make_plan(recipe.runs, llm, 0, machine.devices, gpu, 0.0, GPU_SHARE)
-    sizes = {found.name: found.samples for found in seen.training}
-    return plan, {run.stage: run.with_length(sizes) for run in recipe.runs}
+    sizes = {stage: made.sizes | made.kept.get(stage, {}) for stage in made.stages}
+    return plan, {run.stage: run.with_length(sizes[run.stage]) for run in recipe.runs}
 
 
 def _lengths(made: Draft, plan: Plan, runs: Runs, seconds: float, speed: float) -> dict[str, Timed]:

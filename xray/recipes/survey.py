@@ -71,6 +71,21 @@ class Survey:
         return sum(found.samples for found in self.training if found.modality == modality)
 
 
+def described(found: Found) -> str:
+    """Describe a source in a line."""
+    words = "pictures" if found.modality == "image" else "clips"
+    parts = [f"{found.samples:,} {words}"]
+    if found.side:
+        parts.append(f"{found.side} px on the shorter side")
+    if found.captioned:
+        parts.append(f"{found.captions:.1f} captions each ({found.captioned:.0%} have some)")
+    if found.tagged:
+        parts.append(f"{found.tagged:.0%} have hashtags")
+    if found.labelled:
+        parts.append(f"{found.labelled:.0%} have a class")
+    return ", ".join(parts)
+
+
 def survey(data: str) -> Survey:
     """Look at data; raises DataError if there is nothing to train on."""
     root = data if is_remote(data) else os.path.abspath(os.path.expanduser(data))

@@ -13,6 +13,7 @@ from data_pipelines.stream import quarantine
 from data_pipelines.stream.loaded import Replaced
 from data_pipelines.stream.quarantine import Entry
 from data_pipelines.stream.sampling import SamplePlan
+from data_pipelines.text.captions import NO_CAPTION, leave_out_uncaptioned
 from data_pipelines.text.names import with_key
 from xray import dist
 from xray.errors import DataError
@@ -50,9 +51,11 @@ class BadSamples:
         if sum(bad.values()) > limit * max(read, GRACE):
             causes = ", ".join(f"{cause}: {count}" for cause, count in sorted(bad.items()))
             names = ", ".join(f"{shard} ({n})" for shard, n in self.shards.most_common(3))
+            mend = f": {leave_out_uncaptioned()}" if NO_CAPTION in bad else ""
             raise DataError(
                 f"{sum(bad.values())} of {read} samples cannot be used ({causes}), more than "
-                f"data.max_bad_fraction={limit}; most are in {names}; all are listed in {self.path}"
+                f"data.max_bad_fraction={limit}; most are in {names}; all are listed in "
+                f"{self.path}{mend}"
             ).on_all_ranks()
 
     def _keep(self, everyone: Sequence[Replaced]) -> None:

@@ -137,6 +137,29 @@ def test_captions() -> None:
         captions_of({"json": b"{"})
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"hashtags": ["#Dog", "beach", 2024]}', ["Dog beach 2024"]),
+        ('{"hashtags": "#dog  \uff03beach #"}', ["dog beach"]),
+        ('{"hashtags": ["dog"], "caption": "A cat"}', ["A cat", "dog"]),
+        ('{"hashtags": [], "caption": "A cat"}', ["A cat"]),
+        ('{"hashtags": null, "caption": "A cat"}', ["A cat"]),
+    ],
+)
+def test_tags_are_joined_to_a_caption(content: str, expected: list[str]) -> None:
+    fields = {"caption": 1.0, "joined(hashtags)": 1.0}
+    assert captions_of({"json": content.encode()}, fields) == expected
+    nested = {"json": b'{"post": ' + content.encode() + b"}"}
+    assert captions_of(nested, {"post.caption": 1, "joined(post.hashtags)": 1}) == expected
+
+
+def test_broken_tags_are_not_joined() -> None:
+    for content, cause in ((b'{"hashtags": [["dog"]]}', "broken caption"), (b"{}", "no caption")):
+        with pytest.raises(BadSample, match=cause):
+            captions_of({"json": content}, {"joined(hashtags)": 1})
+
+
 def test_captions_are_drawn_by_weight() -> None:
     content = (
         '{"captions": ["a", "b"], "lang": "en", "synthetic": '
