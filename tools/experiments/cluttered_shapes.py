@@ -20,6 +20,7 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
+from data_pipelines.decode.images import open_image
 from data_pipelines.ingest.demo import DemoConfig, make_demo
 from data_pipelines.shards.source import Source, open_source
 from xray.files import replacing
@@ -31,7 +32,7 @@ EVALUATION = ("heldout", "gallery")
 
 def square(photo: bytes, side: int, rng: np.random.Generator) -> np.ndarray:
     """Return a random square of a photo, [side, side, 3] uint8: half its shorter side or more."""
-    image = Image.open(io.BytesIO(photo)).convert("RGB")
+    image = open_image(photo).convert("RGB")
     size = int(rng.uniform(0.5, 1.0) * min(image.size))
     left, top = (int(rng.integers(length - size + 1)) for length in image.size)
     return np.asarray(image.crop((left, top, left + size, top + size)).resize((side, side)))
@@ -39,8 +40,8 @@ def square(photo: bytes, side: int, rng: np.random.Generator) -> np.ndarray:
 
 def cluttered(picture: bytes, mask: bytes, photo: bytes, rng: np.random.Generator) -> bytes:
     """Blend the background of a picture, where its mask is 0, with a photo; return a JPEG."""
-    pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), np.float32)
-    ground = np.asarray(Image.open(io.BytesIO(mask)))[..., None] == 0
+    pixels = np.asarray(open_image(picture).convert("RGB"), np.float32)
+    ground = np.asarray(open_image(mask))[..., None] == 0
     blend = (1 - PHOTO) * pixels + PHOTO * square(photo, len(pixels), rng)
     buffer = io.BytesIO()
     image = Image.fromarray(np.where(ground, blend, pixels).round().astype(np.uint8))
