@@ -1,7 +1,12 @@
-"""Progress of long work on stderr: a bar on a terminal, otherwise a line every 15 s."""
+"""Progress of long work on stderr: a bar on a terminal, otherwise a line every 15 s.
+
+Preparation that several stages share logs its outcome once (`log_once`).
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +16,7 @@ from typing import Any
 from xray.words import duration
 
 Progress = Callable[[int, int], None]  # called with (done, total)
+log = logging.getLogger("xray")
 LINE_SECONDS = 15.0  # between lines if stderr is not a terminal
 
 
@@ -56,3 +62,9 @@ def _lines(what: str) -> Progress:
         print(f"{what}  {done:,}/{total:,}  eta {duration(left)}", file=sys.stderr, flush=True)
 
     return show
+
+
+@functools.cache
+def log_once(line: str) -> None:
+    """Log a line, unless this process has logged the same one."""
+    log.info("%s", line)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,13 +10,12 @@ import numpy as np
 from data_pipelines.shards.columns import Columns
 from data_pipelines.shards.sidecar import CopySlots, open_sidecar, write_sidecar
 from data_pipelines.shards.source import Source
-from data_pipelines.text.captions import find_captions
+from data_pipelines.text.captions import check_fields, find_captions
 from xray.config.identity import hash_json
 from xray.errors import ConfigError
-from xray.progress import progress_of
+from xray.progress import log_once, progress_of
 from xray.words import count
 
-log = logging.getLogger("xray")
 CAPTIONED = "captioned"  # the value of `keep`
 
 
@@ -36,9 +33,9 @@ def keep_captioned(source: Source, fields: Mapping[str, float], workers: int = 1
     found, key = int(kept.counts.sum()), f"data.sources.{source.name}"
     told = f"{found:,} of {count(len(source), 'sample')} have captions"
     if not found:
-        given = f"={dict(fields)}" if fields else ", a JSON field such as {synthetic: 1}"
-        raise ConfigError(f"{key}.keep={CAPTIONED}: {told}: check {key}.captions{given}")
-    _tell(f"{key}.keep={CAPTIONED}: {told}")
+        fix = check_fields(source, fields)
+        raise ConfigError(f"{key}.keep={CAPTIONED}: {told}: {fix}")
+    log_once(f"{key}.keep={CAPTIONED}: {told}")
     return source.with_slots(CopySlots(kept))
 
 
@@ -57,8 +54,3 @@ class CaptionedMembers:
         has = [bool(find_captions(self.source, shard, m, self.fields)) for m in members.tolist()]
         kept = members[np.array(has, bool)].astype(np.int32)
         return {"members": kept, "copies": np.zeros(len(kept), np.int32)}
-
-
-@functools.cache
-def _tell(line: str) -> None:
-    log.info("%s", line)

@@ -8,7 +8,6 @@ its sample k places in an epoch, as DataComp's own tool writes such a sample k t
 from __future__ import annotations
 
 import functools
-import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,10 +33,9 @@ from data_pipelines.text.captions import metadata_of
 from xray.config.identity import hash_json
 from xray.errors import BadSample, ConfigError
 from xray.files import NPY_DAMAGE, sha256_file
-from xray.progress import progress_of
+from xray.progress import log_once, progress_of
 from xray.words import count
 
-log = logging.getLogger("xray")
 UID = np.dtype("u8,u8")
 DIGITS = re.compile(r"([0-9a-fA-F]{16})([0-9a-fA-F]{16})")  # of a uid
 BLOCK = 1 << 22  # uids of a list in memory at a time
@@ -70,13 +68,8 @@ def keep_uids(source: Source, keep: str, root: str = "", workers: int = 1) -> So
         line += f"; {count(unnamed, 'sample')} without a uid in the json"
     if not samples:
         raise ConfigError(f"{key}={keep}: {line}: give the list of these shards' pool")
-    _tell(f"{key}={keep}: {line}")
+    log_once(f"{key}={keep}: {line}")
     return source.with_slots(CopySlots(kept))
-
-
-@functools.cache
-def _tell(line: str) -> None:
-    log.info("%s", line)
 
 
 def _state(path: Path, what: str) -> tuple[int, int]:

@@ -124,9 +124,8 @@ class StreamDataset(Dataset):
                 if isinstance(error, Killed):
                     plan.quarantine.setdefault(shard, set()).add(member)
         last = bad[-1]
-        mend = "run xray data check on it"
-        if last.cause == NO_CAPTION:
-            mend = leave_out_uncaptioned(ref.source)
+        uncaptioned = last.cause == NO_CAPTION
+        mend = leave_out_uncaptioned(ref.source) if uncaptioned else "run xray data check on it"
         raise DataError(
             f"source {ref.source!r}: {ATTEMPTS} samples in a row cannot be used, "
             f"the last is {last.key!r} of {last.shard} ({last.cause}): {mend}"

@@ -199,6 +199,12 @@ def choose_captions(
     return [captions[number] for number in drawn]
 
 
+def check_fields(source: Source, fields: Mapping[str, float]) -> str:
+    """Tell which setting to check of a source whose samples have no captions in these fields."""
+    given = f"={dict(fields)}" if fields else ", a json field such as {synthetic: 1}"
+    return f"check data.sources.{source.name}.captions{given}"
+
+
 MAX_CAPTIONS = 256  # to read
 MAX_SHARDS = 8  # to read of a local source
 
@@ -235,13 +241,11 @@ def look_at(source: Source, fields: Mapping[str, float], negatives: str = "") ->
                 return CaptionSample(captions, pairs, with_negatives)
     if not captions:
         cause = Counter(causes).most_common(1)[0][0] if causes else "it has no samples"
-        key = f"data.sources.{source.name}.captions"
-        given = f"={dict(fields)}" if fields else ", a json field such as {synthetic: 1}"
         clips = source.modality == "video"
         leave = ", or leave the clips out with data.modalities=[image]" if clips else ""
         raise DataError(
             f"none of the first {len(causes)} samples of source {source.name!r} has a caption "
-            f"({cause}): pack them again with captions (a.txt beside a.jpg or a.mp4), or check "
-            f"{key}{given}{leave}"
+            f"({cause}): pack them again with captions (a.txt beside a.jpg or a.mp4), or "
+            f"{check_fields(source, fields)}{leave}"
         )
     return CaptionSample(captions, pairs, with_negatives)

@@ -70,7 +70,7 @@ def arms_of(folder: Path, facts: dict[str, Any], k: int) -> list[Arm]:
         runs = [run for run in facts["runs"] if run["arm"] == name]
         recipes = [folder / "runs" / name / f"seed_{run['seed']}" / "recipe.yaml" for run in runs]
         artifacts = [Path(OmegaConf.load(recipe).clip.out) / "artifact" for recipe in recipes]
-        values = {name: [run[metric] for run in runs] for name, metric in metrics.items()}
+        values = {key: [run[metric] for run in runs] for key, metric in metrics.items()}
         arms.append(Arm(artifacts, values))
     return arms
 
