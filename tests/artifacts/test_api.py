@@ -17,9 +17,13 @@ from PIL import Image, ImageOps
 
 import xray
 from data_pipelines.shards.source import open_source
+from xray.artifacts import encoders
 from xray.artifacts.encoders import Encoder, Tagger, VisionEncoder
 from xray.artifacts.manifest_config import data_config
 from xray.errors import ArtifactError, ConfigError, DataError
+from xray.evaluation import feature_extraction
+from xray.evaluation.config import EvalConfig
+from xray.evaluation.datasets import Sets
 from xray.evaluation.feature_extraction import extract
 
 
@@ -118,6 +122,29 @@ def test_texts_are_encoded_like_the_text_tower(clip: xray.Model) -> None:
         expected = encoder.text(**tokens) @ encoder.text_adapter.weight.t()
     torch.testing.assert_close(features, F.normalize(expected, dim=-1))
     torch.testing.assert_close(clip.encode_text(texts[1]), features[1:2])
+
+
+def test_texts_of_many_lengths_are_encoded_with_little_padding(
+    clip: xray.Model, demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts are sorted before they are batched. Rows are in the given order, in both callers."""
+    encoder: Any = clip.encoder
+    monkeypatch.setattr(encoders, "TEXTS", 4)
+    monkeypatch.setattr(feature_extraction, "TEXTS", 4)
+    texts = ["red " * n for n in (1, 9, 2, 1, 1, 9, 3, 1, 9, 2, 1, 9)]
+    alone = torch.cat([encoder.encode_text([text]) for text in texts])
+    shapes: list[tuple[int, ...]] = []
+    watched = encoder.text.register_forward_pre_hook(
+        lambda tower, _, tokens: shapes.append(tuple(tokens["input_ids"].shape)), with_kwargs=True
+    )
+    rows = clip.encode_text(texts)
+    of_evaluation = Sets(encoder, EvalConfig(), str(demo), 0).encode_texts(texts)
+    watched.remove()
+    torch.testing.assert_close(rows, alone)
+    torch.testing.assert_close(of_evaluation, alone)
+    lengths = sorted(encoder.tokenizer.lengths(texts), reverse=True)
+    assert shapes == 2 * [(4, lengths[0]), (4, lengths[4]), (4, lengths[8])]
+    assert lengths[0] > lengths[4] > lengths[8]
 
 
 def test_the_caller_can_set_the_keep_rate(tagger: Path, media: Path) -> None:

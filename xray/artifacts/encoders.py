@@ -224,9 +224,24 @@ def encode_captions(
     device: torch.device,
 ) -> Tensor:
     """Encode N captions to normalised float32 [N, D] on CPU; raises DataError if not finite."""
-    starts = range(0, len(captions), TEXTS)
-    rows = caption_rows(captions, starts, tokenizer, encode, device)
-    return normalised_rows(progress_of("texts")(rows, len(starts)))
+
+    def encode_all(captions: Sequence[str]) -> Tensor:
+        starts = range(0, len(captions), TEXTS)
+        rows = caption_rows(captions, starts, tokenizer, encode, device)
+        return normalised_rows(progress_of("texts")(rows, len(starts)))
+
+    return encode_longest_first(captions, tokenizer, encode_all)
+
+
+def encode_longest_first(
+    captions: Sequence[str], tokenizer: CaptionTokenizer, encode: Callable[[Sequence[str]], Tensor]
+) -> Tensor:
+    """Encode N captions to [N, D]; `encode` gets them sorted, so that batches have little padding.
+
+    The longest ones are first: if they do not fit in memory, this is seen at once.
+    """
+    order = torch.tensor(tokenizer.lengths(captions)).argsort(descending=True, stable=True)
+    return encode([captions[number] for number in order.tolist()])[order.argsort()]
 
 
 def caption_rows(

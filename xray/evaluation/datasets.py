@@ -20,7 +20,13 @@ from data_pipelines.shards.remote import is_remote
 from data_pipelines.shards.shard_list import find_shards
 from data_pipelines.shards.source import ChosenSlots, Source
 from data_pipelines.shards.tar_index import Modality
-from xray.artifacts.encoders import Encoder, TextEncoder, VisionEncoder, normalised_rows
+from xray.artifacts.encoders import (
+    Encoder,
+    TextEncoder,
+    VisionEncoder,
+    encode_longest_first,
+    normalised_rows,
+)
 from xray.artifacts.manifest_config import data_config
 from xray.config import DataConfig
 from xray.errors import ArtifactError, ConfigError
@@ -235,8 +241,17 @@ class Sets:
         return self._texts[key]
 
     def encode_texts(self, texts: Sequence[str], base: bool = False) -> Tensor:
-        """Encode texts to [M, D], normalised; base: by a text artifact's model before tuning."""
-        return normalised_rows(self.encoded(TextsOf(texts, base)))
+        """Encode texts to [M, D], normalised; base: by a text artifact's model before tuning.
+
+        Raises ArtifactError if the artifact has no text tower.
+        """
+        if not isinstance(self.encoder, Encoder | TextEncoder):
+            raise ArtifactError(f"{self.what}: it has no text tower")
+        return encode_longest_first(
+            texts,
+            self.encoder.tokenizer,
+            lambda texts: normalised_rows(self.encoded(TextsOf(texts, base))),
+        )
 
     def forget(self) -> None:
         """Drop the features of images, after a change of the encoder's token reduction."""
