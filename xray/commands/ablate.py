@@ -11,7 +11,7 @@ import typer
 from xray import dist
 from xray.commands.common import Overrides, guarded
 from xray.commands.help import examples
-from xray.errors import ConfigError
+from xray.errors import ConfigError, Preempted
 
 log = logging.getLogger("xray")
 
@@ -68,7 +68,14 @@ def ablate(
             checked.add(own)
         flops = flops_of(ablation, ablation.out / "flops.json")
         plan_of(ablation, flops).print()
-        failures = Jobs(ablation.out, ablation.config.jobs, lock).run(ablation.trials)
+        jobs = Jobs(ablation.out, ablation.config.jobs, lock)
+        try:
+            failures = jobs.run(ablation.trials)
+        except Preempted:
+            if outcomes_of(ablation):
+                _, path = write_comparison(ablation, flops, jobs.failures)
+                print(f"report of the finished runs: {path}")
+            raise
         for failure in failures:
             trial = failure.trial
             print(
