@@ -17,8 +17,9 @@ import regex
 
 from data_pipelines.tags.concept_matcher import UNSPACED, ConceptMatcher
 from data_pipelines.text.captions import captions_of, metadata_of
+from data_pipelines.text.hashtags import listed_hashtags
 from xray.config.identity import hash_json
-from xray.errors import BadSample, ConfigError
+from xray.errors import ConfigError
 from xray.files import lines_of, read_text
 
 Origin = Literal["hashtags", "caption_hashtags", "caption_words", "concepts"]
@@ -59,7 +60,6 @@ HASHTAG = regex.compile(
     r"(?:[#\uff03]([\p{L}\p{M}\p{N}_\p{Extended_Pictographic}\u200c\u200d\ufe0f"
     r"\p{Emoji_Modifier}\p{Regional_Indicator}]+))+"
 )
-HASH = regex.compile("[#\uff03]")
 EMOJI_SELECTOR = "\ufe0f"  # makes the character before it an emoji; often omitted
 LETTER_OR_EMOJI = regex.compile(r"[\p{L}\p{Extended_Pictographic}\p{Regional_Indicator}]")
 
@@ -105,7 +105,7 @@ class TagReader:
         fields: JSON fields of the captions with weights (`read_captions`).
         """
         if origin == "hashtags":
-            raw = self._listed(files)
+            raw = listed_hashtags(metadata_of(files).get(self.field))
         else:
             captions = captions_of(files, fields)
             find = {
@@ -123,25 +123,12 @@ class TagReader:
         lists = [sorted(self.aliases.items()), sorted(self.concepts)]
         return {"field": self.field, "lists": hash_json(lists)}
 
-    def _listed(self, files: dict[str, bytes]) -> list[str]:
-        value = metadata_of(files).get(self.field) or []
-        value = _split(value) if isinstance(value, str) else value
-        if not isinstance(value, list):
-            raise BadSample("broken hashtags", f"{type(value).__name__}, not a list")
-        return [str(tag) for tag in value if isinstance(tag, str | int)]
-
     def _concepts_in(self, caption: str) -> list[str]:
         return self._matcher.find(caption)
 
     @functools.cached_property
     def _matcher(self) -> ConceptMatcher:
         return ConceptMatcher(self.concepts)  # built on first use, because it may be large
-
-
-def _split(text: str) -> list[str]:
-    """Return the tags of a text such as "#a #b"; "#a, #b" and "#a#b" are two tags, too."""
-    words = (word.strip(",;") for word in text.split())
-    return [tag for word in words for tag in (HASH.split(word) if HASH.match(word) else [word])]
 
 
 def hashtags_in(caption: str) -> list[str]:

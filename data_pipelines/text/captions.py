@@ -13,6 +13,7 @@ import numpy as np
 
 from data_pipelines.shards.source import Source
 from data_pipelines.shards.tar_index import TEXT_FILES
+from data_pipelines.text.hashtags import joined_hashtags
 from data_pipelines.text.languages import is_language
 from xray.errors import BadSample, DataError
 from xray.files import decode_text
@@ -21,7 +22,7 @@ MOST_WEIGHT = 1e6
 LANGUAGE_FIELDS = ("language", "lang")  # of a sample's captions: one, or a list beside theirs
 FIELDS = ("curation.captions", "captions", "caption")  # default: the first that is not empty
 NO_CAPTION = "no caption"  # cause of a BadSample
-JOINED = re.compile(r"joined\((.+)\)")  # a list of words in this field, as one caption
+JOINED = re.compile(r"joined\((.+)\)")  # the tags in this field, as one caption
 
 
 def leave_out_uncaptioned(source: str = "NAME") -> str:
@@ -96,16 +97,9 @@ def texts_of(files: dict[str, bytes], name: str) -> list[str]:
 
 
 def _value(meta: Mapping[str, Any], name: str) -> Any:
-    """Return a field, or the tags of its list without their '#', joined to one caption."""
+    """Return a field, or its tags joined to one caption."""
     joined = JOINED.fullmatch(name)
-    if joined is None:
-        return _field(meta, name)
-    value = _field(meta, joined[1]) or []
-    entries = value if isinstance(value, list) else [value]
-    if not all(isinstance(entry, str | int) for entry in entries):
-        raise BadSample("broken caption", f"{joined[1]} is neither a text nor a list of texts")
-    words = (word.lstrip("#\uff03") for entry in entries for word in str(entry).split())
-    return " ".join(word for word in words if word)
+    return joined_hashtags(_field(meta, joined[1])) if joined else _field(meta, name)
 
 
 def _field(meta: Mapping[str, Any], name: str) -> Any:

@@ -142,6 +142,8 @@ def test_captions() -> None:
     [
         ('{"hashtags": ["#Dog", "beach", 2024]}', ["Dog beach 2024"]),
         ('{"hashtags": "#dog  \uff03beach #"}', ["dog beach"]),
+        ('{"hashtags": "#dog, #beach#sea"}', ["dog beach sea"]),
+        ('{"hashtags": ["new  york", null, [], 2024, "#"]}', ["new york 2024"]),
         ('{"hashtags": ["dog"], "caption": "A cat"}', ["A cat", "dog"]),
         ('{"hashtags": [], "caption": "A cat"}', ["A cat"]),
         ('{"hashtags": null, "caption": "A cat"}', ["A cat"]),
@@ -155,7 +157,11 @@ def test_tags_are_joined_to_a_caption(content: str, expected: list[str]) -> None
 
 
 def test_broken_tags_are_not_joined() -> None:
-    for content, cause in ((b'{"hashtags": [["dog"]]}', "broken caption"), (b"{}", "no caption")):
+    for content, cause in (
+        (b'{"hashtags": {"dog": 1}}', "broken hashtags"),
+        (b'{"hashtags": [["dog"]]}', "no caption"),
+        (b"{}", "no caption"),
+    ):
         with pytest.raises(BadSample, match=cause):
             captions_of({"json": content}, {"joined(hashtags)": 1})
 
