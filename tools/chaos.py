@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,7 +28,6 @@ from tools.faults import damage, flips, kills, soak
 from tools.faults.commands import Command, Outcome, train
 
 Attempt = Callable[[Path, Path, random.Random], Outcome]
-RUNS = {"unkilled": kills.STAGES, "loaded": kills.CHILDREN, "stored": flips.STORED}
 KINDS: dict[str, Attempt] = {
     "kill": kills.killed_run,
     "flip": flips.flipped_bit,
@@ -40,9 +39,15 @@ KINDS: dict[str, Attempt] = {
     "rank": kills.lost_rank,
     "soak": soak.soak,
 }
+# Undisturbed runs, and the kinds whose results are compared with theirs.
+RUNS = {
+    "unkilled": (kills.STAGES, {"kill", "flip", "disk"}),
+    "loaded": (kills.CHILDREN, {"child", "frozen-children", "frozen"}),
+    "stored": (flips.STORED, {"flip"}),
+}
 
 
-def prepare(folder: Path, read_only: bool) -> Path:
+def prepare(folder: Path, read_only: bool, kinds: Collection[str]) -> Path:
     """Make small data, and undisturbed results to compare with; returns the folder of the data."""
     from data_pipelines.ingest.demo import DemoConfig, make_demo
 
@@ -53,12 +58,21 @@ def prepare(folder: Path, read_only: bool) -> Path:
     must(Command(folder / "llm.log", *llm))
     damage.first_picture(data, folder)
     must(Command(folder / "index.log", "data", "index", data / "photos", "--checksum"))
-    for name, settings in RUNS.items():
-        must(train(folder / name, data, *settings))
-    must(*kills.start_ranks(folder / "ranks", data))
+    for name, (settings, compared) in RUNS.items():
+        if compared & {*kinds}:
+            must(train(folder / name, data, *settings))
+    if "rank" in kinds:
+        must(*kills.start_ranks(folder / "ranks", data))
     if read_only:  # with the side files of the runs, which are damaged, too
         for path in [*data.rglob("*"), data]:
             path.chmod(0o555 if path.is_dir() else 0o444)
+    if "flip" in kinds:
+        prepare_flips(folder, data)
+    return data
+
+
+def prepare_flips(folder: Path, data: Path) -> None:
+    """Make what is damaged by flipped bits: embeddings, and a run in the middle of a stage."""
     (folder / "embedded").mkdir()
     artifact = folder / "unkilled/mae/artifact"
     must(flips.embed(folder / "embedded", artifact, data))
@@ -69,7 +83,6 @@ def prepare(folder: Path, read_only: bool) -> Path:
     stage = folder / "halfway" / "mae"
     shutil.rmtree(stage / "artifact")
     shutil.rmtree(max((stage / "checkpoints").glob("step_*")))
-    return data
 
 
 def must(*commands: Command) -> None:
@@ -105,7 +118,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         folder = Path(temporary)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-        data = prepare(folder, given.read_only)
+        data = prepare(folder, given.read_only, given.only)
         end = time.monotonic() + 60 * given.minutes
         for number in itertools.count():
             name = given.only[number % len(given.only)]
