@@ -2,12 +2,12 @@
 
 Reads a finished ablation, such as `xray ablate token_reduction`. The results of arms that were
 trained at a keep rate come from its ablation.json. The artifacts of the arm that keeps all tokens
-are evaluated at the same rates without retraining, and timed. Prints a table; writes a JSON file
-and a plot.
+are evaluated at the same rates without retraining, and timed. Prints a table; writes figure.json
+and figure.png to the folder of the ablation.
 
     python -m tools.experiments.reduction_figure runs/ablate_token_reduction --root DATA \
         --shards captions_val
-    python -m tools.experiments.reduction_figure docs/results/token_reduction.json # plots it again
+    python -m tools.experiments.reduction_figure runs/ablate_token_reduction/figure.json  # again
 """
 
 from __future__ import annotations
@@ -195,7 +195,6 @@ def main() -> None:
     parser.add_argument("--shards", default="captions_val", help="shards of captioned images")
     parser.add_argument("--k", type=int, default=10, help="of R@k, which the ablation reports")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path("token_reduction.json"), help="JSON file")
     options = parser.parse_args()
     try:
         run(options)
@@ -209,7 +208,7 @@ def run(options: argparse.Namespace) -> None:
         result, out = json.loads(options.input.read_text("utf-8")), options.input
     else:
         result = compare(options.input, options.root, options.shards, options.k, options.rounds)
-        out = options.out
+        out = options.input / "figure.json"
         out.write_text(json.dumps(result, indent=1), "utf-8")
     plot(result, out.with_suffix(".png"))
     print(table(result), f"\n{result['hardware']}; seeds {result['seeds']}", sep="\n")
