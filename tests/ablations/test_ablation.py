@@ -222,6 +222,22 @@ def test_median_rank_is_not_shown_as_a_percentage(tmp_path: Path) -> None:
     outcomes = [Outcome("a", 0, values, {}, {})]
     metrics = chosen_metrics(ablation, outcomes)
     cells = compare(ablation, outcomes, metrics)
-    table = Page(ablation, outcomes, metrics, cells, {rank: 60.0}, {}).results()
+    table = Page(ablation, outcomes, metrics, cells, {rank: [60.0]}, {}).results()
     assert metrics == [rank] and "%" not in table.columns[2]
     assert table.rows == [("a", "1", "3.5"), ("chance", "", "60")]
+
+
+def test_a_chance_level_that_differs_between_arms_is_not_shown(tmp_path: Path) -> None:
+    """Random tokens keep more of an object than merged ones do: a mean would be that of no arm."""
+    arms = "arms: {a: {}, b: {model.reduce: tome}}\nmetrics: [retrieval.x, retrieval.y]"
+    ablation = load(tmp_path, f"base: {RECIPE}\nseeds: [0]\n{arms}", f"out={tmp_path}")
+    values = {"retrieval.x": 0.5, "retrieval.y": 0.5}
+    outcomes = [Outcome(arm, 0, values, {}, {}) for arm in ("a", "b")]
+    metrics = ["retrieval.x", "retrieval.y"]
+    cells = compare(ablation, outcomes, metrics)
+    chance = {"retrieval.x": [0.2, 0.1], "retrieval.y": [0.1, 0.1]}
+    flops = {key: 1.0 for trial in ablation.trials for key in trial.keys.values()}
+    page = Page(ablation, outcomes, metrics, cells, chance, flops)
+    assert page.results().rows[-1] == ("chance", "", "", "10.0")
+    assert all(column.endswith("%") for column in page.results().columns[2:])
+    assert page.facts([])["chance"] == {"retrieval.y": 0.1}

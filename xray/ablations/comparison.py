@@ -173,6 +173,12 @@ def mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else math.nan
 
 
+def common(values: Sequence[float]) -> float:
+    """Return the mean of values that agree to 1 %, or nan for other values and for none."""
+    agree = bool(values) and max(values) - min(values) <= 0.01 * max(values)
+    return mean(values) if agree else math.nan
+
+
 def deviation(values: Sequence[float]) -> float:
     """Return the sample standard deviation (n - 1), or nan for fewer than two values."""
     return statistics.stdev(values) if len(values) > 1 else math.nan

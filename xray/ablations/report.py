@@ -20,6 +20,7 @@ from xray.ablations.comparison import (
     Outcome,
     chance_of,
     chosen_metrics,
+    common,
     compare,
     mean,
     outcomes_of,
@@ -48,7 +49,7 @@ def write_comparison(
     outcomes = outcomes_of(ablation)
     metrics = chosen_metrics(ablation, outcomes)
     cells = compare(ablation, outcomes, metrics)
-    chance = {m: mean([o.values[name] for o in outcomes if (name := chance_of(m, o.values))])
+    chance = {m: [o.values[name] for o in outcomes if (name := chance_of(m, o.values))]
               for m in metrics}  # fmt: skip
     page = Page(ablation, outcomes, metrics, cells, chance, flops)
     tables = [page.results(), page.differences(), page.cost()]
@@ -74,7 +75,7 @@ class Page:
     outcomes: Sequence[Outcome]
     metrics: Sequence[str]  # those that are compared
     cells: Comparison
-    chance: dict[str, float]  # chance level by metric; nan if a metric has none
+    chance: dict[str, list[float]]  # chance levels by metric, of the runs that have one
     flops: Flops
 
     @property
@@ -90,8 +91,8 @@ class Page:
             seeds = len({o.seed for o in self.outcomes if o.arm == arm})
             row = [self._mean(m, cells[m]) if m in cells else "" for m in self.metrics]
             table.rows.append((_wrapped(arm), str(seeds), *row))
-        if self._chances():
-            row = [self._number(m, self.chance[m]) for m in self.metrics]
+        if chances := self._chances():
+            row = [self._number(m, chances.get(m, math.nan)) for m in self.metrics]
             table.rows.append(("chance", "", *row))
         return table
 
@@ -143,11 +144,12 @@ class Page:
     # numbers --------------------------------------------------------------------------------------
 
     def _chances(self) -> dict[str, float]:
-        return {m: v for m, v in self.chance.items() if not math.isnan(v)}
+        """Return the chance level of each metric that has the same one in all runs."""
+        return {m: v for m, own in self.chance.items() if not math.isnan(v := common(own))}
 
     def _percent(self, metric: str) -> bool:
         """Check if a metric is a share, shown in %: it has a chance level and is not a rank."""
-        return not math.isnan(self.chance[metric]) and "median_rank" not in metric
+        return bool(self.chance[metric]) and "median_rank" not in metric
 
     def _title(self, metric: str) -> str:
         section, _, measure = metric.partition(".")
@@ -192,8 +194,8 @@ class Page:
         if self.baseline in arms:
             baseline = scale * self.cells[self.baseline][metric].mean
             axis.axvline(baseline, color="#b4552d", linewidth=0.8, linestyle="--")
-        if self._percent(metric):
-            axis.axvline(scale * self.chance[metric], color="#6e7781", linewidth=0.8, linestyle=":")
+        if self._percent(metric) and (chance := self._chances().get(metric)) is not None:
+            axis.axvline(scale * chance, color="#6e7781", linewidth=0.8, linestyle=":")
         axis.set_yticks(range(len(arms)), arms, fontsize=9)
         axis.set_ylim(len(arms) - 0.5, -0.5)
         axis.tick_params(axis="x", labelsize=8)
