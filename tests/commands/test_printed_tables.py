@@ -72,6 +72,19 @@ def test_long_names_of_models_break_between_their_parts(
     assert all(whole in told for whole in ("61.3", "[55.1, 66.7]", "[100.0, 100.0]"))
 
 
+def test_long_names_in_cells_break_between_their_parts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ("mae_hashtag_clip_all_tokens_900", "/data/photos_of_dogs/train/00000.tar", "clip_900")
+    rows = [("hashtag", "\n".join(names), "34k of 68k samples", "0/3 done", "all of the rest")]
+    ResultTable("plan", ("stage", "arms", "samples", "state", "more"), rows).print()
+    cells = [line.split("│")[2].strip() for line in capsys.readouterr().out.splitlines()[4:-1]]
+    assert "".join(cells) == "".join(names) and "clip_900" in cells
+    assert len(cells) > len(names) and all(cell[-1] in "_/." or cell[-3:] in ("900", "tar")
+                                           for cell in cells)  # fmt: skip
+
+
 def test_counts_agree_with_their_nouns() -> None:
     assert [count(n, "shard") for n in (0, 1, 1234)] == ["0 shards", "1 shard", "1,234 shards"]
     assert [count(n, "class", "classes") for n in (1, 8)] == ["1 class", "8 classes"]

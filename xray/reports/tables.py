@@ -31,7 +31,7 @@ def figure(number: float) -> str:
 
 PART = 24  # characters of a path or an id on the terminal, which may be broken
 WORD = re.compile(r"\[[^\]]*\]|\S+")  # of a cell; an interval [low, high] is one
-# Of a column's head: a word or an interval, or a part of a name such as vit_base.mae
+# A word or an interval, or a part of a name such as vit_base.mae
 PIECE = re.compile(r"(?:\[[^\]]*\]|[^\s\[_./:-]+[_./:-]*|\S)\s*")
 LONG = 40  # characters of a cell on a page; a column with longer ones is of texts, which wrap
 
@@ -41,12 +41,21 @@ def _longest(cell: str) -> int:
 
 
 def _wrapped(cell: str, width: int) -> str:
-    """Return a cell for a column of this width; an interval that does not fit gets its own line."""
-    return cell.replace(" [", "\n[") if _longest(cell) > width else cell
+    """Return a cell for a column of this width; an interval that does not fit gets its own line.
+
+    A name that is longer than the column breaks between its parts.
+    """
+    if _longest(cell) <= width:
+        return cell
+    lines = cell.replace(" [", "\n[").split("\n")
+    long = [any(len(word) > width for word in WORD.findall(line)) for line in lines]
+    return "\n".join(
+        _in_parts(line, width) if breaks else line for line, breaks in zip(lines, long, strict=True)
+    )
 
 
-def _head(name: str, width: int) -> str:
-    """Return the head of a column of this width; a name that does not fit breaks between parts."""
+def _in_parts(name: str, width: int) -> str:
+    """Break a name that is longer than this width between its parts."""
     if _longest(name) <= width:
         return name
     lines = [""]
@@ -89,7 +98,7 @@ class ResultTable:
             cells = [line for row in self.rows for line in row[number].split("\n")]
             text = number == 0 or self.prose or max(map(len, cells), default=0) > PART
             justify: Any = "left" if text else "right"
-            head = Text(_head(column, width))
+            head = Text(_in_parts(column, width))
             table.add_column(head, justify=justify, width=width, overflow="fold")
         for row in self.rows:
             table.add_row(*(Text(_wrapped(*cell)) for cell in zip(row, widths, strict=True)))
