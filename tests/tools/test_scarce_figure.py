@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import json
 
-from tools.experiments.scarce_figure import METRICS, crossover, crossovers, points
+import pytest
+from source_code import ROOT
+
+from tools.experiments.scarce_figure import METRICS, crossover, crossovers, points, table
 
 
 @pytest.mark.parametrize(
@@ -34,3 +37,21 @@ def test_crossovers_of_the_mean_over_seeds() -> None:
         f"{name}: clip overtakes 'hashtag, clip' at about 1,000 captions"
         for name in METRICS.values()
     ]
+
+
+def test_a_row_has_intervals_over_seeds_and_the_ratio_to_clip() -> None:
+    """95 % of Student's t with 2 degrees of freedom are within 4.303 standard errors."""
+    runs = [
+        {"arm": arm, **dict.fromkeys(METRICS, recall / 100), "pictures_and_clips": 34_000}
+        for arm, recalls in (("clip_900", (8, 8, 8)), ("hashtag_clip_900", (10, 12, 14)))
+        for recall in recalls
+    ]
+    clip, hashtag = table(points({"runs": runs})).splitlines()[2:]
+    assert clip == "| 900 | clip | 3 | 34k |  | 8.0 ± 0.0 | 1.00 | 8.0 ± 0.0 | 1.00 |  |  |  |"
+    interval = f"12.0 ± {4.303 * 2 / 3**0.5:.1f} | 1.50"
+    assert hashtag == f"| 900 | hashtag, clip | 3 | 34k |  | {interval} | {interval} |  |  |  |"
+
+
+def test_the_page_has_the_table_of_the_published_results() -> None:
+    facts = json.loads((ROOT / "docs/results/proof/scarce/ablation.json").read_text("utf-8"))
+    assert table(points(facts)) in (ROOT / "docs/proof.md").read_text("utf-8")

@@ -1,9 +1,9 @@
 """R@10 over the number of captions, of the arms of docs/results/proof/scarce.yaml.
 
-Reads a finished `xray ablate`, whose arms are named ARM_CAPTIONS, such as hashtag_clip_900. Prints
-a table with the ratio to the arm `clip` at the same number of captions, and the numbers of captions
-at which `clip` overtakes the others. Writes a plot. ± and the bars are 95 % intervals of the mean
-over seeds (Student's t).
+Reads the results of `xray ablate`, whose arms are named ARM_CAPTIONS, such as hashtag_clip_900.
+Prints a table with the ratio to the arm `clip` at the same number of captions, and the numbers of
+captions at which `clip` overtakes the others. Writes a plot. ± and the bars are 95 % intervals of
+the mean over seeds (Student's t).
 
     python -m tools.experiments.scarce_figure runs/ablate_scarce --out docs/results/proof/scarce
 """
@@ -26,6 +26,12 @@ METRICS = {
     "retrieval.text_to_image_R@10": "text to image",
     "retrieval.image_to_text_R@10": "image to text",
 }
+OTHERS = {
+    "video_retrieval.text_to_image_R@1": "text to video R@1 %",
+    "knn.top1": "kNN top1 %",
+    "linear_probe.top1": "linear probe top1 %",
+}
+COSTS = {"pictures_and_clips": "images and clips read", "flops": "TFLOP"}
 BASELINE = "clip"
 NAMES = {  # of the arms, in tables and the plot
     "clip": "clip",
@@ -33,21 +39,25 @@ NAMES = {  # of the arms, in tables and the plot
     "hashtag_clip": "hashtag, clip",
     "mae_hashtag_clip": "mae, hashtag, clip",
     "all_losses": "clip with all losses",
+    "clip_texts_all_tokens": "clip, hashtags as texts, all tokens",
+    "mae_hashtag_clip_all_tokens": "mae, hashtag, clip, all tokens",
 }
-Points = dict[str, dict[int, dict[str, list[float]]]]  # arm -> captions -> metric -> by seed
+# arm -> captions -> metric, in percent, or cost -> by seed
+Points = dict[str, dict[int, dict[str, list[float]]]]
 
 
 def points(facts: dict[str, Any]) -> Points:
-    """Sort the runs of ablation.json by arm and number of captions, in percent."""
+    """Sort the runs of ablation.json by arm and number of captions."""
     found: Points = {}
     for run in facts["runs"]:
         named = re.fullmatch(r"(\w+)_(\d+)", run["arm"])
         if named is None:
             continue
         arm = NAMES.get(named[1], named[1])
-        own = found.setdefault(arm, {}).setdefault(int(named[2]), {m: [] for m in METRICS})
-        for metric, values in own.items():
-            values.append(100 * run[metric])
+        own = found.setdefault(arm, {}).setdefault(int(named[2]), {})
+        for name in (*METRICS, *OTHERS, *COSTS):
+            if run.get(name) is not None:
+                own.setdefault(name, []).append(run[name] * (1 if name in COSTS else 100))
     return found
 
 
@@ -64,19 +74,28 @@ def with_interval(values: list[float]) -> str:
 
 def table(found: Points) -> str:
     """Format the points as a Markdown table."""
-    columns = [f"{name} R@10 % | ratio" for name in METRICS.values()]
-    lines = [f"| captions | arm | seeds | {' | '.join(columns)} |", "|---:|---|" + "---:|" * 5]
-    for number in sorted({number for own in found.values() for number in own}):
-        for arm, own in found.items():
-            if number not in own:
-                continue
-            cells = []
-            for metric, values in own[number].items():
-                base = found.get(BASELINE, {}).get(number, {}).get(metric)
-                ratio = f"{mean(values) / mean(base):.2f}" if base else ""
-                cells.append(f"{with_interval(values)} | {ratio}")
-            lines.append(f"| {number:,} | {arm} | {len(values)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    recalls = [head for name in METRICS.values() for head in (f"{name} R@10 %", "ratio to `clip`")]
+    heads = ["photos with captions", "arm", "seeds", *COSTS.values(), *recalls, *OTHERS.values()]
+    rules = ["---:", "---", *["---:"] * (len(heads) - 2)]
+    rows = [
+        [f"{number:,}", arm, *_cells(own[number], found.get(BASELINE, {}).get(number, {}))]
+        for number in sorted({number for own in found.values() for number in own})
+        for arm, own in found.items()
+        if number in own
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, rules, *rows))
+
+
+def _cells(own: Mapping[str, list[float]], base: Mapping[str, list[float]]) -> list[str]:
+    """Format the results of an arm, with the ratios to those of `clip`."""
+    cells = [str(len(next(iter(own.values()))))]
+    read, flops = (mean(own.get(name, [])) for name in COSTS)
+    cells += ["" if math.isnan(read) else f"{read / 1e3:.0f}k"]
+    cells += ["" if math.isnan(flops) else f"{flops / 1e12:.0f}"]
+    for metric in METRICS:
+        ratio = f"{mean(own[metric]) / mean(base[metric]):.2f}" if metric in base else ""
+        cells += [with_interval(own[metric]), ratio]
+    return cells + [with_interval(own[metric]) if metric in own else "" for metric in OTHERS]
 
 
 def crossover(arm: Mapping[int, float], base: Mapping[int, float]) -> float | None:
