@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from source_code import ROOT
 
-from tools.experiments.scarce_figure import METRICS, crossover, crossovers, points, table
+from tools.experiments.scarce_figure import (
+    METRICS,
+    crossover,
+    crossovers,
+    half_interval,
+    points,
+    table,
+)
 
 
 @pytest.mark.parametrize(
@@ -39,17 +47,23 @@ def test_crossovers_of_the_mean_over_seeds() -> None:
     ]
 
 
-def test_a_row_has_intervals_over_seeds_and_the_ratio_to_clip() -> None:
-    """95 % of Student's t with 2 degrees of freedom are within 4.303 standard errors."""
+def test_a_row_has_the_deviation_over_seeds_and_the_ratio_over_common_seeds() -> None:
+    recalls = {"clip_900": (8, 8, 20), "hashtag_clip_900": (10, 14), "all_losses_900": (4, 12, 8)}
     runs = [
-        {"arm": arm, **dict.fromkeys(METRICS, recall / 100), "pictures_and_clips": 34_000}
-        for arm, recalls in (("clip_900", (8, 8, 8)), ("hashtag_clip_900", (10, 12, 14)))
-        for recall in recalls
+        {"arm": arm, "seed": seed, **dict.fromkeys(METRICS, recall / 100), "flops": 4e12}
+        for arm, values in recalls.items()
+        for seed, recall in enumerate(values)
     ]
-    clip, hashtag = table(points({"runs": runs})).splitlines()[2:]
-    assert clip == "| 900 | clip | 3 | 34k |  | 8.0 ± 0.0 | 1.00 | 8.0 ± 0.0 | 1.00 |  |  |  |"
-    interval = f"12.0 ± {4.303 * 2 / 3**0.5:.1f} | 1.50"
-    assert hashtag == f"| 900 | hashtag, clip | 3 | 34k |  | {interval} | {interval} |  |  |  |"
+    clip, hashtag, losses = table(points({"runs": runs})).splitlines()[2:]
+    assert clip == "| 900 | clip | 3 |  | 4 | 12.0 ± 6.9 | 1.00 | 12.0 ± 6.9 | 1.00 |  |  |  |"
+    assert hashtag.startswith("| 900 | hashtag, clip | 2 |  | 4 | 12.0 ± 2.8 | 1.50 | 12.0 ± 2.8 |")
+    assert losses.startswith("| 900 | clip with all losses | 3 |  | 4 | 8.0 ± 4.0 | 0.67 |")
+
+
+def test_an_interval_needs_three_seeds() -> None:
+    """95 % of Student's t with 2 degrees of freedom are within 4.303 standard errors."""
+    assert half_interval([10, 12, 14]) == pytest.approx(4.303 * 2 / 3**0.5, rel=1e-3)
+    assert math.isnan(half_interval([10, 12]))
 
 
 def test_the_page_has_the_table_of_the_published_results() -> None:

@@ -1,9 +1,9 @@
 """R@10 over the number of captions, of the arms of docs/results/proof/scarce.yaml.
 
 Reads the results of `xray ablate`, whose arms are named ARM_CAPTIONS, such as hashtag_clip_900.
-Prints a table with the ratio to the arm `clip` at the same number of captions, and the numbers of
-captions at which `clip` overtakes the others. Writes a plot. ± and the bars are 95 % intervals of
-the mean over seeds (Student's t).
+Prints a table with the ratio to the arm `clip` at the same number of captions, over common seeds,
+and the numbers of captions at which `clip` overtakes the others. Writes a plot. ± is the standard
+deviation over seeds; the bars of the plot are 95 % intervals of the mean over three seeds or more.
 
     python -m tools.experiments.scarce_figure runs/ablate_scarce --out docs/results/proof/scarce
 """
@@ -15,11 +15,11 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from xray.ablations.comparison import mean
+from xray.ablations.comparison import deviation, mean
 from xray.evaluation.student_t import mean_interval
 
 METRICS = {
@@ -42,8 +42,8 @@ NAMES = {  # of the arms, in tables and the plot
     "clip_texts_all_tokens": "clip, hashtags as texts, all tokens",
     "mae_hashtag_clip_all_tokens": "mae, hashtag, clip, all tokens",
 }
-# arm -> captions -> metric, in percent, or cost -> by seed
-Points = dict[str, dict[int, dict[str, list[float]]]]
+Results = dict[str, dict[int, float]]  # metric, in percent, or cost -> seed -> value
+Points = dict[str, dict[int, Results]]  # arm -> captions -> results
 
 
 def points(facts: dict[str, Any]) -> Points:
@@ -57,19 +57,28 @@ def points(facts: dict[str, Any]) -> Points:
         own = found.setdefault(arm, {}).setdefault(int(named[2]), {})
         for name in (*METRICS, *OTHERS, *COSTS):
             if run.get(name) is not None:
-                own.setdefault(name, []).append(run[name] * (1 if name in COSTS else 100))
+                value = run[name] * (1 if name in COSTS else 100)
+                own.setdefault(name, {})[run["seed"]] = value
     return found
 
 
 def half_interval(values: list[float]) -> float:
-    """Return half the width of the 95 % interval of a mean; nan for one value."""
-    return mean_interval(values)[1] - mean(values) if len(values) > 1 else math.nan
+    """Return half the width of the 95 % interval of a mean; nan for fewer than 3 values."""
+    return mean_interval(values)[1] - mean(values) if len(values) > 2 else math.nan
 
 
-def with_interval(values: list[float]) -> str:
-    """Format a mean with its interval; one value has none."""
-    interval = f" ± {half_interval(values):.1f}" if len(values) > 1 else ""
-    return f"{mean(values):.1f}{interval}"
+def _with_deviation(values: Collection[float]) -> str:
+    spread = f" ± {deviation([*values]):.1f}" if len(values) > 1 else ""
+    return f"{mean([*values]):.1f}{spread}"
+
+
+def _ratio(own: Mapping[int, float], base: Mapping[int, float]) -> str:
+    """Format the ratio of the means over the seeds that both have."""
+    seeds = own.keys() & base.keys()
+    if not seeds:
+        return ""
+    one, other = (mean([values[seed] for seed in seeds]) for values in (own, base))
+    return f"{one / other:.2f}"
 
 
 def table(found: Points) -> str:
@@ -86,16 +95,16 @@ def table(found: Points) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (heads, rules, *rows))
 
 
-def _cells(own: Mapping[str, list[float]], base: Mapping[str, list[float]]) -> list[str]:
+def _cells(own: Results, base: Results) -> list[str]:
     """Format the results of an arm, with the ratios to those of `clip`."""
     cells = [str(len(next(iter(own.values()))))]
-    read, flops = (mean(own.get(name, [])) for name in COSTS)
+    read, flops = (mean([*own.get(name, {}).values()]) for name in COSTS)
     cells += ["" if math.isnan(read) else f"{read / 1e3:.0f}k"]
     cells += ["" if math.isnan(flops) else f"{flops / 1e12:.0f}"]
     for metric in METRICS:
-        ratio = f"{mean(own[metric]) / mean(base[metric]):.2f}" if metric in base else ""
-        cells += [with_interval(own[metric]), ratio]
-    return cells + [with_interval(own[metric]) if metric in own else "" for metric in OTHERS]
+        cells += [_with_deviation(own[metric].values()), _ratio(own[metric], base.get(metric, {}))]
+    others = (own.get(metric, {}).values() for metric in OTHERS)
+    return cells + [_with_deviation(values) if values else "" for values in others]
 
 
 def crossover(arm: Mapping[int, float], base: Mapping[int, float]) -> float | None:
@@ -117,7 +126,7 @@ def crossovers(found: Points) -> Iterator[str]:
     for arm, own in found.items():
         for metric, name in METRICS.items():
             curves = [
-                {number: mean(values[metric]) for number, values in points.items()}
+                {number: mean([*values[metric].values()]) for number, values in points.items()}
                 for points in (own, found.get(BASELINE, {}))
             ]
             if arm != BASELINE and (number := crossover(*curves)) is not None:
@@ -137,7 +146,7 @@ def plot(found: Points, out: Path) -> None:
             numbers = sorted(own)
             if len(numbers) < 2:  # an arm at one number of captions has no curve
                 continue
-            values = [own[number][metric] for number in numbers]
+            values = [[*own[number][metric].values()] for number in numbers]
             heights, bars = [*map(mean, values)], [*map(half_interval, values)]
             axis.errorbar(numbers, heights, bars, fmt="o-", markersize=4, capsize=2, label=arm)
         axis.set_xscale("log")
