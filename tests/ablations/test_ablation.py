@@ -22,9 +22,11 @@ from in_process import invoke
 from safetensors.torch import load_file
 from shards import write_tar
 
+from tools.experiments import join_results
 from xray import processes
 from xray.ablations.comparison import Outcome, check_metrics, chosen_metrics, compare
 from xray.ablations.report import Page
+from xray.ablations.trials import load_ablation
 from xray.commands.common import EXIT_CODES
 from xray.config import loading as cfg
 from xray.errors import ConfigError, Preempted
@@ -154,6 +156,30 @@ def test_cost_of_a_run_is_the_sum_over_its_stages(done: Path) -> None:
     assert 0 < half < full
     stages = json.loads((done / "flops.json").read_text())
     assert full == sum(stages[name] for name in facts["arms"]["all_tokens"]["stages"].values())
+
+
+def test_the_results_of_two_folders_are_joined(
+    demo: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One folder per seed gives the report of both seeds; other settings are refused."""
+    facts = json.loads((done / "ablation.json").read_text())
+    file, root = str(done.parent / "tiny.yaml"), f"data.root={demo}"
+    for seed in (0, 1):
+        ablation = load_ablation(file, [root, f"seeds=[{seed}]"])
+        arms = {arm: {"stages": ablation.of(arm)[0].keys} for arm in ablation.arms}
+        runs = [run for run in facts["runs"] if run["seed"] == seed]
+        part = {**facts, "seeds": [seed], "arms": arms, "runs": runs}
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "ablation.json").write_text(json.dumps(part))
+    folders = [str(tmp_path / seed) for seed in ("1", "0", "1")]
+    command = ["join_results", file, *folders, "--settings", root, f"out={tmp_path / 'joined'}"]
+    monkeypatch.setattr(sys, "argv", command)
+    join_results.main()
+    for name in ("ablation.json", "runs.csv", "table.csv", "tables.md"):
+        assert (tmp_path / "joined" / name).read_text() == (done / name).read_text()
+    monkeypatch.setattr(sys, "argv", [*command, "arms.half.clip.model.keep_rate=0.7"])
+    with pytest.raises(SystemExit, match="1: half has other settings"):
+        join_results.main()
 
 
 def test_second_run_trains_nothing_and_reports_a_failed_arm(demo: Path, done: Path) -> None:

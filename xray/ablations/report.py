@@ -23,7 +23,6 @@ from xray.ablations.comparison import (
     common,
     compare,
     mean,
-    outcomes_of,
 )
 from xray.ablations.cost import Flops, arm_flops, tera
 from xray.ablations.jobs import Failure
@@ -43,10 +42,9 @@ NOTE = (
 
 
 def write_comparison(
-    ablation: Ablation, flops: Flops, failures: Sequence[Failure]
+    ablation: Ablation, outcomes: Sequence[Outcome], flops: Flops, failures: Sequence[Failure] = ()
 ) -> tuple[list[ResultTable], Path]:
     """Write all report files for the finished trials; return the tables and report.html's path."""
-    outcomes = outcomes_of(ablation)
     metrics = chosen_metrics(ablation, outcomes)
     cells = compare(ablation, outcomes, metrics)
     chance = {m: [o.values[name] for o in outcomes if (name := chance_of(m, o.values))]

@@ -72,8 +72,8 @@ def ablate(
         try:
             failures = jobs.run(ablation.trials)
         except Preempted:
-            if outcomes_of(ablation):
-                _, path = write_comparison(ablation, flops, jobs.failures)
+            if finished := outcomes_of(ablation):
+                _, path = write_comparison(ablation, finished, flops, jobs.failures)
                 print(f"report of the finished runs: {path}")
             raise
         for failure in failures:
@@ -83,10 +83,11 @@ def ablate(
                 f"{failure.line} ({trial.folder}/log.txt)",
                 file=sys.stderr,
             )
-        tables, path = write_comparison(ablation, flops, failures)
+        outcomes = outcomes_of(ablation)
+        tables, path = write_comparison(ablation, outcomes, flops, failures)
     for table in tables:
         table.print()
     print(f"report: {path}")
     if failures:
         raise SystemExit(1)
-    check_metrics(ablation, outcomes_of(ablation))
+    check_metrics(ablation, outcomes)
