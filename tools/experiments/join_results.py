@@ -10,7 +10,6 @@ and the paths of data and LLM have to be equal in all folders.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from xray.ablations.cost import flops_of
 from xray.ablations.report import write_comparison
 from xray.ablations.trials import Ablation, load_ablation
 from xray.errors import ConfigError, XrayError
+from xray.records import read_record
 
 
 def outcomes(facts: Mapping[str, Any]) -> Iterator[Outcome]:
@@ -55,7 +55,7 @@ def joined(ablation: Ablation, folders: Sequence[Path]) -> list[Outcome]:
     """Return the outcomes of all folders in the order of the ablation's trials."""
     found: dict[tuple[str, int], Outcome] = {}
     for folder in folders:
-        facts = json.loads((folder / "ablation.json").read_text("utf-8"))
+        facts = read_record(folder / "ablation.json", dict[str, Any], ConfigError)
         check_settings(ablation, facts, str(folder))
         found |= {(outcome.arm, outcome.seed): outcome for outcome in outcomes(facts)}
     order = [(trial.arm, trial.seed) for trial in ablation.trials]
@@ -77,7 +77,7 @@ def main() -> None:
         ablation.out.mkdir(parents=True, exist_ok=True)
         flops = flops_of(ablation, ablation.out / "flops.json")
         tables, path = write_comparison(ablation, results, flops)
-    except (XrayError, OSError) as error:
+    except XrayError as error:
         sys.exit(f"{parser.prog}: {error}")
     for table in tables:
         table.print()
