@@ -34,10 +34,8 @@ def small(file: Path) -> dict[str, Any]:
     """Read the experiment with few captions: one arm, a few steps, the data of the tests."""
     content = yaml.safe_load(file.read_text())
     arms = {name: content["arms"][name] for name in SMALL}
-    for settings in (content["common"], *arms.values()):
-        for key in [key for key in settings if key.endswith("train.samples")]:
-            settings[key] = 68
-    content["common"] |= {
+    common = {
+        **{f"{stage}.train.samples": 68 for stage in ("mae", "hashtag", "clip")},
         "hashtag.min_count": 2,
         "eval.retrieval": {"shards": "heldout"},
         "eval.video_retrieval": {"shards": "clips"},
@@ -48,7 +46,7 @@ def small(file: Path) -> dict[str, Any]:
         "eval.tags.photos.shards": "heldout",
         "eval.tags.clips.shards": "clips",
     }
-    return content | {"arms": arms, "seeds": [0], "baseline": SMALL[0]}
+    return content | {"common": common, "arms": arms, "seeds": [0], "baseline": SMALL[0]}
 
 
 def test_few_captions_in_small(
