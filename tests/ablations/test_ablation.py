@@ -180,6 +180,9 @@ def test_the_results_of_two_folders_are_joined(
     monkeypatch.setattr(sys, "argv", [*command, "arms.half.clip.model.keep_rate=0.7"])
     with pytest.raises(SystemExit, match="1: half has other settings"):
         join_results.main()
+    monkeypatch.setattr(sys, "argv", [*command, "seeds=[1]"])  # no run is left out in silence
+    with pytest.raises(SystemExit, match="0: tiny has no run of all_tokens, seed 0"):
+        join_results.main()
 
 
 def test_second_run_trains_nothing_and_reports_a_failed_arm(demo: Path, done: Path) -> None:

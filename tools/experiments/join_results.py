@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import STAGES
-from xray.ablations.comparison import CHANCE, Outcome
+from xray.ablations.comparison import Outcome, chance_name
 from xray.ablations.cost import flops_of
 from xray.ablations.report import write_comparison
 from xray.ablations.trials import Ablation, load_ablation
@@ -26,11 +26,7 @@ from xray.records import read_record
 
 def outcomes(facts: Mapping[str, Any]) -> Iterator[Outcome]:
     """Yield the outcomes of the runs in ablation.json, with the chance levels of its metrics."""
-    chance = {}
-    for metric, level in facts["chance"].items():
-        section, _, name = metric.partition(".")
-        part, slash, measure = name.rpartition("/")
-        chance[f"{section}.{part}{slash}{CHANCE}{measure}"] = level
+    chance = {chance_name(metric): level for metric, level in facts["chance"].items()}
     for run in facts["runs"]:
         values = {name: v for name, v in run.items() if "." in name and v is not None}
         samples = {stage: n for stage in STAGES if (n := run[f"samples_{stage}"]) is not None}
@@ -38,16 +34,17 @@ def outcomes(facts: Mapping[str, Any]) -> Iterator[Outcome]:
 
 
 def check_settings(ablation: Ablation, facts: Mapping[str, Any], name: str) -> None:
-    """Raise ConfigError for an arm or seed that the ablation lacks, and for other settings.
+    """Raise ConfigError for a run that the ablation lacks, and for other settings.
 
     The stage runs of an arm are named by a hash of their settings, and listed for the first seed.
     """
+    trials = {(trial.arm, trial.seed): trial for trial in ablation.trials}
     first = facts["seeds"][0]
-    for arm in {run["arm"] for run in facts["runs"]}:
-        trials = [trial for trial in ablation.of(arm) if trial.seed == first]
-        if not trials:
-            raise ConfigError(f"{name}: {ablation.config.name} has no run of {arm}, seed {first}")
-        if trials[0].keys != facts["arms"][arm]["stages"]:
+    runs = {(run["arm"], run["seed"]) for run in facts["runs"]}
+    for arm, seed in sorted(runs | {(arm, first) for arm, _ in runs}):
+        if (arm, seed) not in trials:
+            raise ConfigError(f"{name}: {ablation.config.name} has no run of {arm}, seed {seed}")
+        if seed == first and trials[arm, seed].keys != facts["arms"][arm]["stages"]:
             raise ConfigError(f"{name}: {arm} has other settings, or other paths of data and LLM")
 
 

@@ -95,21 +95,27 @@ def read_outcome(trial: Trial) -> Outcome:
     return Outcome(trial.arm, trial.seed, values, samples, seconds)
 
 
+def chance_name(metric: str) -> str:
+    """Return the name of the chance level of X or NAME/X: chance_X or NAME/chance_X."""
+    section, _, name = metric.partition(".")
+    part, slash, measure = name.rpartition("/")
+    return f"{section}.{part}{slash}{CHANCE}{measure}"
+
+
 def chance_of(metric: str, available: Container[str]) -> str:
     """Return the name of a metric's chance level among the available metrics, or "".
 
-    The names are: chance_X for X, NAME/chance_X for a data set's NAME/X, chance_X for retrieval's
-    X/SIZE and the few-shot METHOD_X@SHOTS, and HEAD/chance for HEAD/CHANGE, the accuracies with
-    intervals of the robustness suite.
+    The names are: that of chance_name, chance_X for retrieval's X/SIZE and the few-shot
+    METHOD_X@SHOTS, and HEAD/chance for HEAD/CHANGE, the accuracies with intervals of the robustness
+    suite.
     """
     section, _, name = metric.partition(".")
-    part, slash, measure = name.rpartition("/")
-    first = name.partition("/")[0]
-    names = [f"{part}{slash}{CHANCE}{measure}", f"{CHANCE}{first}"]
+    first, measure = name.partition("/")[0], name.rpartition("/")[2]
+    names = [chance_name(metric), f"{section}.{CHANCE}{first}"]
     few = re.fullmatch(r"[a-z]+_(\w+)@\d+", measure)
-    names += [f"{CHANCE}{few[1]}"] if few else []
-    names += [f"{first}/chance"] if f"{metric}_low" in available else []
-    return next((full for n in names if (full := f"{section}.{n}") in available), "")
+    names += [f"{section}.{CHANCE}{few[1]}"] if few else []
+    names += [f"{section}.{first}/chance"] if f"{metric}_low" in available else []
+    return next((full for full in names if full in available), "")
 
 
 def outcomes_of(ablation: Ablation) -> list[Outcome]:
